@@ -1,0 +1,317 @@
+"""The nouns that travel the road. Each is a folder or a file with a manifest written last; stages meet in these only.
+
+    Config ──prepare──▶ PreparedDataset ──plan──▶ Plan ──train──▶ Checkpoint ──evaluate──▶ EvaluationReport
+                                                                      └──────export──▶ ExportedModel
+
+`RunFolder` says where each stands in RUN/. All are frozen pydantic models with `write` and `read`; reading one that is
+missing or of another format is a `UserError`. No torch here.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from foretune.errors import UserError
+
+#: Label of a token that is no target (torch's cross-entropy default).
+IGNORE_INDEX = -100
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a file so that it exists whole or not at all: temporary name, fsync, rename, fsync of the folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames inside `folder` durable (a rename is only on disk once its folder is)."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+class Artifact(BaseModel):
+    """Base of the nouns: frozen, JSON on disk, with a format version that a reader checks."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    version: int = 1
+    file_name: ClassVar[str]
+
+    def write(self, path: Path) -> None:
+        """Write as JSON, atomically. `path` is the file itself."""
+        write_atomically(path, self.model_dump_json(indent=2) + "\n")
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """Read what `write` wrote. Raises `UserError` if it is missing, damaged or of another version."""
+        noun = cls.__name__
+        if not path.is_file():
+            raise UserError(noun, str(path), "there is no such file", "run the stage that makes it, or check the path")
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+            if values.get("version") != cls.model_fields["version"].default:
+                raise UserError(noun, str(path), f"has format version {values.get('version')}, not {cls.model_fields['version'].default}",
+                                "make it again with this version of foretune")
+            return cls.model_validate(values)
+        except (ValueError, ValidationError, AttributeError) as error:
+            raise UserError(noun, str(path), f"is damaged ({error})", "delete it and run the stage again") from None
+
+
+class SourceSummary(Artifact):
+    """What one source gave."""
+
+    path: str
+    format: str
+    weight: float
+    rows_read: int
+    documents: int
+    columns: list[str]
+
+
+class RenderedSample(Artifact):
+    """A document as text, cut into pieces that are targets and pieces that are not."""
+
+    pieces: list[tuple[str, bool]]
+    tokens: int
+    target_tokens: int
+
+
+class PreparedDataset(Artifact):
+    """RUN/data/: Arrow shards of documents (`documents/`: input_ids list<int32>, labels list<int32>), the pack index
+    (`packs.npz`), held-out documents (`validation/`, same columns), `tokenizer/`, and this manifest, written last.
+
+    A *document* is one text or conversation. A *pack* is a list of documents that share one row of `max_length` tokens.
+    """
+
+    file_name: ClassVar[str] = "manifest.json"
+    fingerprint: str
+    fingerprint_parts: dict[str, str]  # what the fingerprint is made of, so that a change can be named
+    max_length: int
+    max_length_reason: str
+    vocab_size: int
+    eos_token_id: int
+    pad_token_id: int
+    chat_template: Literal["tokenizer", "fallback", "file", "none"]
+    sources: list[SourceSummary]
+    rows_read: int
+    documents: int  # kept for training, repeats by weight not counted
+    validation_documents: int
+    dropped: dict[str, int]  # reason → rows
+    duplicates: int
+    truncated_documents: int
+    truncated_tokens: int
+    split_documents: int
+    tokens: int  # of one epoch, repeats by weight counted
+    target_tokens: int
+    validation_tokens: int
+    validation_target_tokens: int
+    packs: int
+    fill: float  # tokens / (packs * max_length)
+    longest_document: int
+    samples: list[RenderedSample]
+    notes: list[str]
+    seconds: float
+
+
+class Accelerator(Artifact):
+    """One device of a rank. `memory_bytes` is what a process can use; a CPU's is its share of the host's."""
+
+    name: str
+    kind: Literal["cuda", "cpu"]
+    memory_bytes: int
+    bf16: bool
+    fp16: bool
+    peak_flops: float  # dense, per second, in the best 16-bit format (fp32 on a CPU)
+    memory_bandwidth: float  # bytes per second
+
+
+class Cluster(Artifact):
+    """The machines that train."""
+
+    accelerator: Accelerator
+    nodes: int
+    devices_per_node: int  # ranks per node
+    host_memory_bytes: int  # of one node, what may be used
+    cores_per_node: int
+    link_bandwidth: float  # bytes per second between devices of a node
+    network_bandwidth: float  # bytes per second between nodes
+    probed: bool
+
+    @property
+    def world_size(self) -> int:
+        return self.nodes * self.devices_per_node
+
+
+class Decision(Artifact):
+    """One thing that was decided, and why."""
+
+    field: str  # dotted configuration key where there is one
+    value: Any
+    reason: str
+    pinned: bool = False
+
+
+class Prediction(Artifact):
+    """What a strategy is expected to take. Bytes and seconds; per rank unless the name says node."""
+
+    gpu_memory_bytes: int  # peak; on a CPU, of the rank's share of host memory
+    gpu_memory_parts: dict[str, int]
+    host_memory_bytes_per_node: int
+    checkpoint_bytes: int
+    disk_bytes: int
+    step_seconds: float
+    tokens_per_second: float
+    total_seconds: float
+
+
+class Alternative(Artifact):
+    """A strategy that lost, with the figure that made it lose."""
+
+    name: str
+    reason: str
+    prediction: Prediction | None = None
+
+
+class Plan(Artifact):
+    """Everything decided before anything runs. The worker reads this and decides nothing."""
+
+    file_name: ClassVar[str] = "plan.json"
+    model: str  # resolved folder
+    method: Literal["full", "lora"]
+    parameters: int
+    trainable_parameters: int
+    cluster: Cluster
+    world_size: int
+    precision: Literal["fp32", "bf16", "fp16"]
+    zero_stage: Literal[0, 1, 2, 3]
+    offload_optimizer: float  # share of the optimizer states in host memory, 0 to 1
+    offload_param: bool
+    micro_batch_size_per_gpu: int
+    gradient_accumulation_steps: int
+    gradient_accumulation_dtype: Literal["fp32", "bf16", "fp16"]
+    checkpointed_layers: int
+    loss_chunk_tokens: int  # tokens per piece of the linear cross-entropy; logits never whole
+    global_batch_size: int
+    max_length: int
+    packing: bool
+    learning_rate: float
+    optimizer: Literal["adamw", "adam", "sgd"]
+    schedule: Literal["cosine", "linear", "constant"]
+    warmup_steps: int
+    total_steps: int
+    steps_per_epoch: int
+    checkpoint_every: int
+    deepspeed_config: dict[str, Any]
+    decisions: list[Decision]
+    predicted: Prediction
+    rejected: list[Alternative]
+
+
+class RankFile(Artifact):
+    """One file of a checkpoint."""
+
+    sha256: str
+    bytes: int
+
+
+class Checkpoint(Artifact):
+    """RUN/checkpoints/step-00000120/: per-rank files and this manifest, written before the folder gets its final name."""
+
+    file_name: ClassVar[str] = "manifest.json"
+    step: int
+    world_size: int
+    zero_stage: int
+    precision: str
+    method: str
+    fingerprint: str  # of the prepared data the step count refers to
+    train_state: dict[str, Any]
+    files: dict[str, RankFile]  # relative path → hash and size
+
+
+class LossEstimate(Artifact):
+    """Mean loss over target tokens (nats), its perplexity, and a 95 % bootstrap interval of the loss."""
+
+    loss: float
+    perplexity: float
+    interval: tuple[float, float]
+
+
+class GenerationSample(Artifact):
+    """The same prompt answered before and after."""
+
+    prompt: str
+    reference: str
+    base: str | None
+    tuned: str
+
+
+class EvaluationReport(Artifact):
+    """RUN/evaluation.json: base against tuned on the same tokens."""
+
+    file_name: ClassVar[str] = "evaluation.json"
+    data: str
+    documents: int
+    target_tokens: int
+    base: LossEstimate | None
+    tuned: LossEstimate
+    difference: float | None  # tuned - base loss; negative is better
+    difference_interval: tuple[float, float] | None  # paired bootstrap over documents, 95 %
+    tasks: dict[str, dict[str, float]]
+    samples: list[GenerationSample]
+
+
+class ExportedModel(Artifact):
+    """RUN/export/: a Hugging Face folder; this manifest (written last) says that it was verified, and how."""
+
+    file_name: ClassVar[str] = "foretune.json"
+    kind: Literal["full", "merged", "adapter"]
+    step: int
+    parameters: int
+    dtype: str
+    max_logit_difference: float
+    logit_tolerance: float
+    chat_template_sha256: str | None
+    files: dict[str, RankFile]
+
+
+class RunFolder:
+    """Where each artifact of a run stands. Private to its owner: data and logs may hold what is not for everyone."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config = path / "config.yaml"
+        self.model = path / "model"  # only for a model that had to be converted (a .gguf file)
+        self.data = path / "data"
+        self.plan = path / Plan.file_name
+        self.deepspeed_config = path / "deepspeed.json"
+        self.events = path / "events.jsonl"
+        self.checkpoints = path / "checkpoints"
+        self.evaluation = path / EvaluationReport.file_name
+        self.export = path / "export"
+        self.report = path / "report.html"
+        self.tensorboard = path / "tensorboard"
+        self.logs = path / "logs"
+        self.launch = path / "launch"  # outcomes of ranks and the stop request of one launch
+
+    def create(self) -> None:
+        """Make the folder, readable by its owner alone."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        self.path.chmod(0o700)
+
+    @classmethod
+    def is_run(cls, path: Path) -> bool:
+        """Whether a path is a run folder (rather than a model)."""
+        return (path / "config.yaml").is_file()

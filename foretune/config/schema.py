@@ -1,0 +1,122 @@
+"""What is *wanted*: every key a user may set, with its default and its meaning.
+
+Frozen, strict, unknown keys refused. ``auto`` means "decide for me and say why"; the decision lands in the plan, never
+here. Names are DeepSpeed's and Hugging Face's own where they exist.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Auto = Literal["auto"]
+PositiveInt = Annotated[int, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+DataFormat = Literal[
+    "auto", "text", "prompt_completion", "instruction", "question_answer", "messages", "conversations"
+]
+
+
+class Section(BaseModel):
+    """Base of all sections: frozen, strict about types, no unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class DataSource(Section):
+    """One place that rows come from."""
+
+    path: Annotated[str, Field(min_length=1, description="file, folder, glob, saved data set, or hub data-set id")]
+    weight: Annotated[float, Field(gt=0, description="how often each document is seen per epoch (0.5 = every other)")] = 1.0
+    format: Annotated[DataFormat, Field(description="form of the rows; auto tells it from the columns")] = "auto"
+    subset: Annotated[str | None, Field(description="configuration name of a hub data set")] = None
+    split: Annotated[str, Field(description="split of a data set")] = "train"
+
+
+class DataConfig(Section):
+    """Where the rows come from and how they become tokens. ``data: FILE`` is short for ``data: {sources: [{path: FILE}]}``."""
+
+    sources: Annotated[list[DataSource], Field(min_length=1, description="where rows come from")]
+    format: Annotated[DataFormat, Field(description="form of the rows of every source that does not say its own")] = "auto"
+    train_on_prompt: Annotated[bool, Field(description="also learn the prompt's tokens, not only the answers'")] = False
+    chat_template: Annotated[str | None, Field(description="path of a Jinja chat template to use instead of the tokenizer's")] = None
+    system: Annotated[str | None, Field(description="system message for conversations that have none")] = None
+    packing: Annotated[bool, Field(description="pack several documents into a row, isolated from each other")] = True
+    deduplicate: Annotated[bool, Field(description="drop documents whose tokens are the same as an earlier one's")] = True
+    num_proc: Annotated[PositiveInt | Auto, Field(description="processes that read and tokenise")] = "auto"
+
+
+class LoraConfig(Section):
+    """Low-rank adapters (Hu et al. 2021), used with ``method: lora``."""
+
+    r: Annotated[PositiveInt, Field(description="rank of the adapters")] = 16
+    alpha: Annotated[float, Field(gt=0, description="scale of the adapters' output is alpha / r")] = 32.0
+    dropout: Annotated[float, Field(ge=0, lt=1, description="dropout before the adapters")] = 0.0
+    target_modules: Annotated[list[str] | Literal["all-linear"], Field(description="which layers get an adapter")] = "all-linear"
+
+
+class TrainConfig(Section):
+    """The mathematics of training: everything here changes the result, nothing in `plan` does."""
+
+    epochs: Annotated[float, Field(gt=0, description="passes over the data")] = 1.0
+    max_steps: Annotated[PositiveInt | None, Field(description="optimizer steps; overrides epochs")] = None
+    learning_rate: Annotated[float, Field(gt=0)] | Auto = Field("auto", description="peak learning rate")
+    optimizer: Annotated[Literal["adamw", "adam", "sgd"], Field(description="adam couples weight decay with the gradient (L2)")] = "adamw"
+    weight_decay: Annotated[float, Field(ge=0, description="weight decay of the optimizer")] = 0.0
+    adam_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    adam_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    adam_epsilon: Annotated[float, Field(gt=0)] = 1e-8
+    momentum: Annotated[float, Field(ge=0, lt=1, description="momentum of sgd")] = 0.9
+    schedule: Annotated[Literal["cosine", "linear", "constant"], Field(description="learning rate after the warm-up")] = "cosine"
+    warmup_ratio: Annotated[Fraction, Field(description="share of the steps in which the learning rate rises to its peak")] = 0.03
+    max_grad_norm: Annotated[float, Field(ge=0, description="clip the global gradient norm to this; 0 does not clip")] = 1.0
+    global_batch_size: Annotated[PositiveInt | Auto, Field(description="packed rows per optimizer step, over all ranks")] = "auto"
+    max_length: Annotated[PositiveInt | Auto, Field(description="tokens per row")] = "auto"
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    precision: Annotated[Literal["auto", "fp32", "bf16", "fp16"], Field(description="of forward and backward; master weights are fp32")] = "auto"
+    dropout: Annotated[Fraction | Literal["model"], Field(description="0 by default, so that every layout gives the same update; model keeps the model's own")] = 0.0
+    deterministic: Annotated[bool, Field(description="bit-identical repetition on a GPU, at some cost in speed")] = False
+
+
+class PlanConfig(Section):
+    """Pins: any choice fixed here is kept, and the rest is planned around it."""
+
+    zero_stage: Annotated[Literal["auto", 0, 1, 2, 3], Field(description="ZeRO stage")] = "auto"
+    offload_optimizer: Annotated[bool, Field()] | Annotated[float, Field(ge=0, le=1)] | Auto = Field(
+        "auto", description="keep optimizer states in host memory: true, false or a ratio")
+    offload_param: Annotated[bool | Auto, Field(description="keep parameters in host memory (stage 3)")] = "auto"
+    micro_batch_size_per_gpu: Annotated[PositiveInt | Auto, Field(description="rows per forward pass on one rank")] = "auto"
+    gradient_accumulation_steps: Annotated[PositiveInt | Auto, Field(description="forward passes per optimizer step")] = "auto"
+    gradient_accumulation_dtype: Annotated[Literal["auto", "fp32", "bf16", "fp16"], Field(description="dtype gradients are summed in")] = "auto"
+    checkpointed_layers: Annotated[int, Field(ge=0)] | Auto = Field("auto", description="layers that recompute their activations")
+
+
+class CheckpointConfig(Section):
+    """When to save and what to keep."""
+
+    every: Annotated[PositiveInt | Auto, Field(description="steps between checkpoints")] = "auto"
+    keep: Annotated[PositiveInt, Field(description="newest checkpoints to keep")] = 3
+
+
+class EvaluateConfig(Section):
+    """What is measured before and after."""
+
+    validation: Annotated[Fraction, Field(description="share of the documents held out from training")] = 0.02
+    tasks: Annotated[list[str], Field(description="names of evaluation tasks beside loss and perplexity")] = []
+
+
+class Config(Section):
+    """A whole run. `model` and `data` are required; everything else has a default."""
+
+    model: Annotated[str, Field(min_length=1, description="hub id, folder, or .gguf file")]
+    data: DataConfig
+    method: Annotated[Literal["full", "lora"], Field(description="train every weight, or low-rank adapters")] = "full"
+    lora: LoraConfig = LoraConfig()
+    train: TrainConfig = TrainConfig()
+    plan: PlanConfig = PlanConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    from_scratch: Annotated[bool, Field(description="random weights in the model's shape")] = False
+    trust_remote_code: Annotated[bool, Field(description="run Python code that comes with the model")] = False
+    allow_numerics: Annotated[bool, Field(description="let the plan propose choices that change numerics")] = False

@@ -1,0 +1,90 @@
+"""The journal: one JSON object a line, appended by whoever has something to tell.
+
+In: events from the supervisor and from rank 0.  Out: RUN/events.jsonl, the one source of the live view, the report and
+any other reader. A line is written with a single ``os.write`` on an ``O_APPEND`` descriptor, so that writers of
+several processes never tear each other's lines; a reader skips a torn last line, which only a crash can leave.
+
+Every event has ``time`` (seconds since the epoch) and ``kind``; the kinds are the names of `EventKind`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterator
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+
+class EventKind(StrEnum):
+    """What happened. The payload of each is stated here and nowhere else."""
+
+    RUN_STARTED = "run_started"  # command, versions
+    STAGE_STARTED = "stage_started"  # stage
+    STAGE_SKIPPED = "stage_skipped"  # stage, reason
+    STAGE_FINISHED = "stage_finished"  # stage, seconds
+    NOTE = "note"  # message: something the user should know
+    TRAINING_STARTED = "training_started"  # step, total_steps, world_size, resumed_from
+    STEP = "step"  # step, loss, learning_rate, grad_norm, tokens, target_tokens, seconds, tokens_per_second, memory
+    EVALUATED = "evaluated"  # step, loss, perplexity, target_tokens
+    CHECKPOINT_SAVED = "checkpoint_saved"  # step, path, seconds, bytes
+    STOP_REQUESTED = "stop_requested"  # reason
+    FAULT = "fault"  # cause, rank, step
+    BREAKDOWN = "breakdown"  # seconds by phase
+    TRAINING_FINISHED = "training_finished"  # step, seconds, breakdown
+    PREDICTED_AGAINST_MEASURED = "predicted_against_measured"  # per quantity: predicted, measured
+
+
+class Journal:
+    """Appends events to one file. Safe to open from several processes at once."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+
+    def write(self, kind: EventKind, **payload: Any) -> None:
+        """Append one event. Values must be JSON; floats that JSON lacks (NaN, inf) are written as strings."""
+        event = {"time": round(time.time(), 3), "kind": str(kind), **payload}
+        line = json.dumps(_finite(event), ensure_ascii=False, default=str) + "\n"
+        os.write(self._descriptor, line.encode())
+
+    def close(self) -> None:
+        """Flush to disk and close."""
+        os.fsync(self._descriptor)
+        os.close(self._descriptor)
+
+
+def read_events(path: Path, *, offset: int = 0) -> Iterator[dict[str, Any]]:
+    """Yield the complete events of a journal, oldest first, from byte `offset` on. A missing file has none."""
+    for event, _ in read_events_from(path, offset):
+        yield event
+
+
+def read_events_from(path: Path, offset: int) -> Iterator[tuple[dict[str, Any], int]]:
+    """Yield ``(event, next_offset)``; a reader that keeps `next_offset` can follow a growing journal."""
+    if not path.exists():
+        return
+    with path.open("rb") as file:
+        file.seek(offset)
+        for line in file:
+            if not line.endswith(b"\n"):
+                return
+            offset += len(line)
+            try:
+                yield json.loads(line), offset
+            except ValueError:  # a line torn by a crash, later appended to: no event
+                continue
+
+
+def _finite(value: Any) -> Any:
+    """NaN and infinities as strings: JSON has neither, and a strict reader would refuse the line."""
+    if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))):
+        return str(value)
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return value
