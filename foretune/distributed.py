@@ -42,9 +42,10 @@ def die_with_parent() -> None:
     Ranks otherwise train on after their agent was killed, holding the GPU and writing into the run.
     """
     pr_set_pdeathsig = 1
+    parent = os.getppid()
     try:
         ctypes.CDLL(None, use_errno=True).prctl(pr_set_pdeathsig, signal.SIGKILL)
     except (OSError, AttributeError):  # not Linux: nothing of the kind exists
         return
-    if os.getppid() == 1:  # the parent died before the call: nothing would ever tell us
+    if os.getppid() != parent:  # the parent died before the call: nothing would ever tell us
         os.kill(os.getpid(), signal.SIGKILL)
