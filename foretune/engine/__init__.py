@@ -1,0 +1,19 @@
+"""The door to DeepSpeed: `Engine` is what the loop sees, `DeepSpeedEngine` the real one, `FakeEngine` plain PyTorch in one process."""
+
+from foretune.engine.deepspeed_engine import DeepSpeedEngine
+from foretune.engine.fake import FakeEngine
+from foretune.engine.group import close_group, open_group
+from foretune.engine.optimizers import build_optimizer
+from foretune.engine.partitioned import partitioned_loading
+from foretune.engine.protocol import Engine, StepResult
+
+__all__ = [
+    "DeepSpeedEngine",
+    "Engine",
+    "FakeEngine",
+    "StepResult",
+    "build_optimizer",
+    "close_group",
+    "open_group",
+    "partitioned_loading",
+]

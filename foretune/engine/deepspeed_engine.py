@@ -1,0 +1,147 @@
+"""The real engine. Everything that must be known about DeepSpeed to train right is in this file.
+
+in: a model, an optimizer over its trainable parameters, a DeepSpeed configuration   out: `Engine`
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.runtime.zero import GatheredParameters
+
+from foretune.engine.protocol import StepResult
+from foretune.errors import MachineFault
+
+#: DeepSpeed keeps a checkpoint in a folder named by a tag; ours is always this one.
+ENGINE_TAG = "engine"
+
+
+class DeepSpeedEngine:
+    """`Engine` on DeepSpeed, ZeRO stages 0-3.
+
+    Args:
+        module: the model; at stage 3 loaded within `partitioned_loading`.
+        optimizer: a torch optimizer over the trainable parameters.
+        deepspeed_config: DeepSpeed's configuration, with ``managed_gradient_accumulation: false``: `step` is the
+            boundary, so that a global batch may have any number of micro-batches.
+        device: this rank's device.
+        save_frozen: whether a checkpoint also holds the parameters that are not trained.
+    """
+
+    def __init__(
+        self,
+        module: torch.nn.Module,
+        optimizer: torch.optim.Optimizer,
+        deepspeed_config: dict[str, Any],
+        *,
+        device: torch.device,
+        save_frozen: bool = True,
+    ) -> None:
+        with translated_errors():
+            self._engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=deepspeed_config)
+        self.module: torch.nn.Module = self._engine.module
+        self.device = device
+        self.rank = torch.distributed.get_rank()
+        self.world_size = torch.distributed.get_world_size()
+        self.zero_stage = int(self._engine.zero_optimization_stage())
+        self._save_frozen = save_frozen
+        self._plain_grad_norm: torch.Tensor | None = None
+        if self._engine.optimizer is optimizer:  # stage 0 in fp32: no wrapper, and DeepSpeed reports no norm
+            self._measure_plain_grad_norm(optimizer)
+
+    def __call__(self, **inputs: Any) -> Any:
+        with translated_errors():
+            return self._engine(**inputs)
+
+    def backward(self, loss: torch.Tensor) -> None:
+        # Unscaled: the caller has already divided by the target tokens of the whole global batch.
+        with translated_errors():
+            self._engine.backward(loss, scale_wrt_gas=False)
+
+    def step(self, learning_rate: float) -> StepResult:
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = learning_rate
+        with translated_errors():
+            self._engine.step()
+        norm = self._plain_grad_norm if self._plain_grad_norm is not None else self._engine.get_global_grad_norm()
+        overflow = bool(getattr(self._engine.optimizer, "overflow", False))
+        scale = getattr(self._engine.optimizer, "cur_scale", 1.0)  # fp16's dynamic scaler
+        return StepResult(
+            grad_norm=float(norm) if norm is not None else float("nan"),
+            applied=not overflow,
+            loss_scale=float(scale),
+        )
+
+    def sum_over_ranks(self, values: list[float]) -> list[float]:
+        tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
+        if self.world_size > 1:
+            with translated_errors():
+                torch.distributed.all_reduce(tensor)
+        return [float(value) for value in tensor.tolist()]
+
+    def barrier(self) -> None:
+        if self.world_size > 1:
+            torch.distributed.barrier()
+
+    def save(self, folder: Path) -> None:
+        # save_latest=False: the tag file is written before DeepSpeed's last barrier and has no meaning for us.
+        self._engine.save_checkpoint(
+            str(folder), tag=ENGINE_TAG, save_latest=False, exclude_frozen_parameters=not self._save_frozen
+        )
+
+    def load(self, folder: Path) -> None:
+        path, _ = self._engine.load_checkpoint(
+            str(folder),
+            tag=ENGINE_TAG,
+            load_module_strict=self._save_frozen,
+            load_lr_scheduler_states=False,
+        )
+        if path is None:
+            raise MachineFault(f"DeepSpeed could not load {folder}", rank=self.rank)
+
+    @contextmanager
+    def whole_parameters(self, parameters: list[torch.nn.Parameter]) -> Iterator[None]:
+        """Within this, the given parameters are whole on every rank (they already are below stage 3)."""
+        with GatheredParameters(parameters, enabled=self.zero_stage == 3):
+            yield
+
+    def _measure_plain_grad_norm(self, optimizer: torch.optim.Optimizer) -> None:
+        """Let stage 0 in fp32 report the norm that every other stage reports: whole, before clipping.
+
+        DeepSpeed reduces, clips and steps inside its ``step()``, so the norm is taken where it clips, or right before
+        the optimizer steps when clipping is off.
+        """
+        max_norm = float(self._engine.gradient_clipping())
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+        def clip() -> None:
+            self._plain_grad_norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm)
+
+        def measure(*_: Any) -> None:
+            if max_norm <= 0:
+                gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+                self._plain_grad_norm = torch.nn.utils.get_total_norm(gradients)
+
+        self._engine.clip_fp32_gradients = clip
+        optimizer.register_step_pre_hook(measure)
+
+
+@contextmanager
+def translated_errors() -> Iterator[None]:
+    """Foreign errors become ours at this door: out of memory and broken communication are the machine's faults."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise MachineFault(f"device out of memory: {str(error).splitlines()[0]}") from error
+    except torch.distributed.DistError as error:
+        raise MachineFault(f"communication failed: {str(error).splitlines()[0]}") from error
+    except RuntimeError as error:
+        text = str(error)
+        if "Connection closed by peer" in text or "Connection reset by peer" in text or "gloo" in text.lower():
+            raise MachineFault(f"communication failed: {text.splitlines()[0]}") from error
+        raise

@@ -1,0 +1,60 @@
+"""Plain PyTorch in one process behind the same door: the reference that DeepSpeed is held against, in any dtype."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from foretune.engine.protocol import StepResult
+
+
+class FakeEngine:
+    """`Engine` without DeepSpeed: one process, whole parameters, the textbook step.
+
+    Args:
+        module: the model, in the dtype to compute in (float64 for a reference).
+        optimizer: a torch optimizer over its trainable parameters.
+        max_grad_norm: clip the gradient to this L2 norm; 0 does not clip.
+    """
+
+    def __init__(self, module: torch.nn.Module, optimizer: torch.optim.Optimizer, *, max_grad_norm: float) -> None:
+        self.module = module
+        self.device = torch.device("cpu")
+        self.rank, self.world_size = 0, 1
+        self._optimizer = optimizer
+        self._max_grad_norm = max_grad_norm
+
+    def __call__(self, **inputs: Any) -> Any:
+        return self.module(**inputs)
+
+    def backward(self, loss: torch.Tensor) -> None:
+        loss.backward()
+
+    def step(self, learning_rate: float) -> StepResult:
+        for group in self._optimizer.param_groups:
+            group["lr"] = learning_rate
+        parameters = [parameter for group in self._optimizer.param_groups for parameter in group["params"]]
+        norm = torch.nn.utils.clip_grad_norm_(parameters, self._max_grad_norm or float("inf"))
+        applied = bool(torch.isfinite(norm))
+        if applied:
+            self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        return StepResult(grad_norm=float(norm), applied=applied)
+
+    def sum_over_ranks(self, values: list[float]) -> list[float]:
+        return [float(value) for value in values]
+
+    def barrier(self) -> None:
+        return None
+
+    def save(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        state = {"module": self.module.state_dict(), "optimizer": self._optimizer.state_dict()}
+        torch.save(state, folder / "fake.pt")
+
+    def load(self, folder: Path) -> None:
+        state = torch.load(folder / "fake.pt", weights_only=True)
+        self.module.load_state_dict(state["module"])
+        self._optimizer.load_state_dict(state["optimizer"])

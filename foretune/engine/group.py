@@ -1,0 +1,52 @@
+"""The process group of a launch: opened once per process, after all data is prepared (waiting ranks time out)."""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+
+import torch
+
+from foretune.distributed import RankInfo
+
+#: A collective that waits longer than this means a dead or hung peer. DeepSpeed's own default is 10 minutes.
+COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+
+
+def open_group(rank: RankInfo) -> torch.device:
+    """Join the process group that torchrun's variables describe and return this rank's device.
+
+    A process that torchrun did not start becomes a group of one, on a port the system chooses.
+    """
+    import deepspeed
+
+    _without_compiler()
+    if torch.cuda.is_available():
+        device = torch.device("cuda", rank.local_rank)
+        torch.cuda.set_device(device)
+    else:
+        device = torch.device("cpu")
+    if "MASTER_ADDR" not in os.environ:  # the group of one; deepspeed looks for MPI when these are missing
+        store_port = torch.distributed.TCPStore("127.0.0.1", 0, 1, is_master=True, wait_for_workers=False).port
+        os.environ.update(
+            MASTER_ADDR="127.0.0.1", MASTER_PORT=str(store_port), RANK="0", LOCAL_RANK="0", WORLD_SIZE="1"
+        )
+    deepspeed.init_distributed(verbose=False, timeout=COLLECTIVE_TIMEOUT)
+    return device
+
+
+def close_group() -> None:
+    """Leave the process group, so that no peer waits for this process."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def _without_compiler() -> None:
+    """Keep DeepSpeed from compiling its shared-memory collectives on a CPU.
+
+    The JIT needs g++ and ninja on PATH and takes 36 s the first time; without them every CPU run would die in
+    ``init_distributed``. gloo does the same work.
+    """
+    import deepspeed.ops
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

@@ -1,0 +1,65 @@
+"""What the training loop sees of an engine, and nothing more.
+
+A global batch is: any number of ``loss = engine(...)``, ``engine.backward(loss)``; then one ``engine.step(learning_rate)``.
+The caller owns the boundary; every rank must make the same number of calls.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step did.
+
+    Attributes:
+        grad_norm: L2 norm of the whole gradient before clipping, over all ranks.
+        applied: False if the update was skipped (non-finite gradient).
+        loss_scale: factor the loss was multiplied by before backward (fp16), else 1.
+    """
+
+    grad_norm: float
+    applied: bool
+    loss_scale: float = 1.0
+
+
+class Engine(Protocol):
+    """One rank's model, optimizer and gradients."""
+
+    module: torch.nn.Module
+    device: torch.device
+    rank: int
+    world_size: int
+
+    def __call__(self, **inputs: Any) -> Any:
+        """Forward pass of the module."""
+        ...
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Add the gradient of a scalar loss. The gradients of all ranks are averaged by the next `step`."""
+        ...
+
+    def step(self, learning_rate: float) -> StepResult:
+        """Clip, update, forget the gradients."""
+        ...
+
+    def sum_over_ranks(self, values: list[float]) -> list[float]:
+        """The sum of each value over all ranks, the same list on every rank. float64."""
+        ...
+
+    def barrier(self) -> None:
+        """Wait until every rank is here."""
+        ...
+
+    def save(self, folder: Path) -> None:
+        """Write this rank's share of weights and optimizer states below `folder`. Called by every rank."""
+        ...
+
+    def load(self, folder: Path) -> None:
+        """Read what `save` wrote with the same world size. The caller has verified the files (they are pickles)."""
+        ...
