@@ -1,0 +1,1 @@
+"""Checkpoints: where they stand (`layout`), how they become trustworthy (`store`), and the tensors in them."""

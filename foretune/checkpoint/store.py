@@ -1,0 +1,102 @@
+"""Commit, verify and choose checkpoints. No torch: the supervisor and the export read this side too.
+
+write files into the partial folder ──▶ `commit`: fsync, sha256 of each, manifest last, rename, fsync of the folder
+`newest_complete`: the newest whose files all match their hashes; older ones are the fall-back
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from foretune.artifacts import Checkpoint, RankFile, sync_folder
+from foretune.checkpoint import layout
+from foretune.errors import UserError, VerificationFailed
+
+
+def prepare_partial(checkpoints: Path, step: int) -> Path:
+    """Make an empty partial folder for a step; what a crash left there is removed."""
+    folder = layout.partial_folder_of(checkpoints, step)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    return folder
+
+
+def commit(partial: Path, manifest: Checkpoint) -> Path:
+    """Make a partial folder a complete checkpoint. `manifest.files` is filled in here; returns the final folder."""
+    checkpoints = partial.parent
+    files = hash_files(partial)
+    manifest.model_copy(update={"files": files}).write(partial / layout.MANIFEST)
+    for folder in [path for path in partial.rglob("*") if path.is_dir()] + [partial]:
+        sync_folder(folder)
+    final = layout.folder_of(checkpoints, manifest.step)
+    if final.exists():  # the same step saved again, for example when a finished run is extended
+        shutil.rmtree(final)
+    partial.rename(final)
+    sync_folder(checkpoints)
+    return final
+
+
+def hash_files(folder: Path) -> dict[str, RankFile]:
+    """sha256 and size of every file below a folder except the manifest, each synced to disk first."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != layout.MANIFEST)
+    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:  # hashlib releases the GIL
+        return dict(pool.map(lambda path: (str(path.relative_to(folder)), _hash_file(path)), paths))
+
+
+def verify(folder: Path) -> Checkpoint:
+    """Check every file of a complete checkpoint against its manifest, and return the manifest.
+
+    Raises:
+        VerificationFailed: a file is missing, has another size or another hash; the message names it.
+    """
+    try:
+        manifest = Checkpoint.read(folder / layout.MANIFEST)
+    except UserError as error:
+        raise VerificationFailed(f"{folder.name}: {error.problem}") from error
+    for name, expected in manifest.files.items():
+        path = folder / name
+        if not path.is_file():
+            raise VerificationFailed(f"{folder.name}: {name} is missing")
+        if path.stat().st_size != expected.bytes:
+            raise VerificationFailed(f"{folder.name}: {name} has {path.stat().st_size} bytes, not {expected.bytes}")
+    found = hash_files(folder)
+    for name, expected in manifest.files.items():
+        if found[name].sha256 != expected.sha256:
+            raise VerificationFailed(f"{folder.name}: {name} is damaged (its sha256 is not the manifest's)")
+    return manifest
+
+
+def newest_complete(
+    checkpoints: Path, *, on_passed_over: Callable[[str], None] | None = None
+) -> tuple[Path, Checkpoint] | None:
+    """The newest checkpoint that verifies, or None. What is passed over is told to `on_passed_over`."""
+    for step in layout.complete_steps(checkpoints):
+        folder = layout.folder_of(checkpoints, step)
+        try:
+            return folder, verify(folder)
+        except VerificationFailed as error:
+            if on_passed_over:
+                on_passed_over(f"passed over: {error}")
+    return None
+
+
+def prune(checkpoints: Path, *, keep: int) -> None:
+    """Delete all but the `keep` newest complete checkpoints, and partial ones of older steps."""
+    for step in layout.complete_steps(checkpoints)[keep:]:
+        shutil.rmtree(layout.folder_of(checkpoints, step), ignore_errors=True)
+
+
+def _hash_file(path: Path) -> RankFile:
+    digest = hashlib.sha256()
+    size = 0
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        while block := file.read(1 << 22):
+            digest.update(block)
+            size += len(block)
+    return RankFile(sha256=digest.hexdigest(), bytes=size)

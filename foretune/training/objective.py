@@ -1,0 +1,49 @@
+"""Batch → loss. The mean over the target tokens of the *global* batch, whatever the layout.
+
+DeepSpeed averages the gradients of the ranks, so one rank's share of the loss is scaled by the number of ranks:
+
+    loss of a micro-batch = Σ nll · world_size / target tokens of the global batch
+
+Summed over micro-batches and averaged over ranks, that is Σ nll / target tokens: no mean of means, which would weigh a
+short answer in a sparse micro-batch more than a long one in a dense one.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from foretune.artifacts import IGNORE_INDEX
+from foretune.data import MicroBatch
+from foretune.engine import Engine
+
+
+def to_device(micro_batch: MicroBatch, device: torch.device) -> dict[str, torch.Tensor]:
+    """The model's inputs: input_ids, position_ids, shift_labels int64 [rows, length], target_index int64 [targets].
+
+    There is no attention mask on purpose: restarting position ids alone isolate packed documents in transformers; an
+    all-ones mask switches that isolation off silently.
+    """
+    arrays = {
+        "input_ids": micro_batch.input_ids,
+        "position_ids": micro_batch.position_ids,
+        "shift_labels": micro_batch.shift_labels,
+        "target_index": np.flatnonzero(micro_batch.shift_labels.reshape(-1) != IGNORE_INDEX),
+    }
+    tensors = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}
+    if device.type == "cpu":
+        return tensors
+    return {name: tensor.pin_memory().to(device, non_blocking=True) for name, tensor in tensors.items()}
+
+
+def negative_log_likelihood(engine: Engine, inputs: dict[str, Any]) -> torch.Tensor:
+    """Forward one micro-batch: Σ nll over its targets, a scalar in float32 that can be differentiated."""
+    result: torch.Tensor = engine(**inputs)
+    return result
+
+
+def scaled_loss(nll: torch.Tensor, *, world_size: int, target_tokens: int) -> torch.Tensor:
+    """This rank's and micro-batch's share of the global mean loss, see the head of this file."""
+    return nll * (world_size / target_tokens)
