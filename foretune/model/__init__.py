@@ -1,0 +1,1 @@
+"""The model: its shape, its weights, its adapters, its loss."""
