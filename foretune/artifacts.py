@@ -287,6 +287,24 @@ class ExportedModel(Artifact):
     files: dict[str, RankFile]
 
 
+class Outcome(Artifact):
+    """RUN/launch/outcome-00000.json: how one rank ended. Ranks speak by file, since torchrun knows 0 and 1 only."""
+
+    status: Literal["done", "preempted", "user_error", "machine_fault", "bug"]
+    step: int | None = None
+    cause: str | None = None
+    field: str | None = None  # of a user error, as are the next three
+    value: str | None = None
+    problem: str | None = None
+    mend: str | None = None
+    traceback: str | None = None
+
+    @classmethod
+    def of_user_error(cls, error: UserError) -> Outcome:
+        """The outcome of a rank that met a user's mistake."""
+        return cls(status="user_error", field=error.field, value=str(error.value), problem=error.problem, mend=error.mend)
+
+
 class RunFolder:
     """Where each artifact of a run stands. Private to its owner: data and logs may hold what is not for everyone."""
 
@@ -304,7 +322,16 @@ class RunFolder:
         self.report = path / "report.html"
         self.tensorboard = path / "tensorboard"
         self.logs = path / "logs"
-        self.launch = path / "launch"  # outcomes of ranks and the stop request of one launch
+        self.launch = path / "launch"  # of the present launch: outcomes of ranks, the stop request
+        self.stop_request = self.launch / "stop"  # its existence asks the ranks to finish their step, save and end
+
+    def outcome_of(self, rank: int) -> Path:
+        """The file in which a rank says how it ended."""
+        return self.launch / f"outcome-{rank:05d}.json"
+
+    def log_of(self, rank: int) -> Path:
+        """What a rank printed."""
+        return self.logs / f"rank-{rank:05d}.log"
 
     def create(self) -> None:
         """Make the folder, readable by its owner alone."""

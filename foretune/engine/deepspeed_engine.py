@@ -14,6 +14,7 @@ import deepspeed
 import torch
 from deepspeed.runtime.zero import GatheredParameters
 
+from foretune.engine.communication import CommunicationClock
 from foretune.engine.protocol import StepResult
 from foretune.errors import MachineFault
 
@@ -50,6 +51,9 @@ class DeepSpeedEngine:
         self.world_size = torch.distributed.get_world_size()
         self.zero_stage = int(self._engine.zero_optimization_stage())
         self._save_frozen = save_frozen
+        self._communication = CommunicationClock()
+        if device.type == "cpu":
+            self._communication.watch(deepspeed.comm.comm.cdb)
         self._plain_grad_norm: torch.Tensor | None = None
         if self._engine.optimizer is optimizer:  # stage 0 in fp32: no wrapper, and DeepSpeed reports no norm
             self._measure_plain_grad_norm(optimizer)
@@ -83,6 +87,9 @@ class DeepSpeedEngine:
             with translated_errors():
                 torch.distributed.all_reduce(tensor)
         return [float(value) for value in tensor.tolist()]
+
+    def take_communication(self) -> float:
+        return self._communication.take()
 
     def barrier(self) -> None:
         if self.world_size > 1:

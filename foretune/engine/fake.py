@@ -46,6 +46,9 @@ class FakeEngine:
     def sum_over_ranks(self, values: list[float]) -> list[float]:
         return [float(value) for value in values]
 
+    def take_communication(self) -> float:
+        return 0.0
+
     def barrier(self) -> None:
         return None
 

@@ -52,6 +52,10 @@ class Engine(Protocol):
         """The sum of each value over all ranks, the same list on every rank. float64."""
         ...
 
+    def take_communication(self) -> float:
+        """Seconds this rank spent in collectives since the last call; 0 where they can't be told apart (GPU)."""
+        ...
+
     def barrier(self) -> None:
         """Wait until every rank is here."""
         ...

@@ -1,0 +1,36 @@
+"""What training must remember that cannot be computed from the step number."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+
+@dataclass
+class TrainState:
+    """Counts over the whole run, all launches together.
+
+    Attributes:
+        step: optimizer steps done; the next one is number `step` (from 0).
+        tokens: tokens of all documents trained on (padding not counted).
+        target_tokens: those of them that were targets.
+        skipped_steps: steps whose update was not applied (fp16 overflow).
+        seconds: wall time inside the loop.
+        seconds_by_phase: where it went.
+    """
+
+    step: int = 0
+    tokens: int = 0
+    target_tokens: int = 0
+    skipped_steps: int = 0
+    seconds: float = 0.0
+    seconds_by_phase: dict[str, float] | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return asdict(self)
+
+    def load_state_dict(self, values: dict[str, Any]) -> None:
+        """Restore what `state_dict` gave."""
+        for field in fields(self):
+            setattr(self, field.name, values[field.name])
