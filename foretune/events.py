@@ -22,17 +22,19 @@ class EventKind(StrEnum):
     """What happened. The payload of each is stated here and nowhere else."""
 
     RUN_STARTED = "run_started"  # command, versions
-    STAGE_STARTED = "stage_started"  # stage
+    STAGE_STARTED = "stage_started"  # stage; for training also planned_memory_bytes of a rank
     STAGE_SKIPPED = "stage_skipped"  # stage, reason
-    STAGE_FINISHED = "stage_finished"  # stage, seconds
+    STAGE_FINISHED = "stage_finished"  # stage, seconds, summary (one line for people)
+    PROGRESS = "progress"  # stage, message: what a stage is doing now
     NOTE = "note"  # message: something the user should know
     TRAINING_STARTED = "training_started"  # step, total_steps, world_size, resumed_from
-    STEP = "step"  # step, loss, learning_rate, grad_norm, tokens, target_tokens, seconds, tokens_per_second, memory
+    #: step, loss, learning_rate, grad_norm, tokens, target_tokens, seconds, tokens_per_second, memory_bytes (peak of rank 0)
+    STEP = "step"
     EVALUATED = "evaluated"  # step, loss, perplexity, target_tokens
     CHECKPOINT_SAVED = "checkpoint_saved"  # step, path, seconds, bytes
     STOP_REQUESTED = "stop_requested"  # reason
     FAULT = "fault"  # cause, rank, step
-    BREAKDOWN = "breakdown"  # seconds by phase
+    BREAKDOWN = "breakdown"  # seconds_by_phase, of all launches together
     TRAINING_FINISHED = "training_finished"  # step, seconds, breakdown
     PREDICTED_AGAINST_MEASURED = "predicted_against_measured"  # per quantity: predicted, measured
 
@@ -45,11 +47,12 @@ class Journal:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
 
-    def write(self, kind: EventKind, **payload: Any) -> None:
-        """Append one event. Values must be JSON; floats that JSON lacks (NaN, inf) are written as strings."""
-        event = {"time": round(time.time(), 3), "kind": str(kind), **payload}
-        line = json.dumps(_finite(event), ensure_ascii=False, default=str) + "\n"
+    def write(self, kind: EventKind, **payload: Any) -> dict[str, Any]:
+        """Append one event and return it. Values must be JSON; floats that JSON lacks (NaN, inf) become strings."""
+        event: dict[str, Any] = _finite({"time": round(time.time(), 3), "kind": str(kind), **payload})
+        line = json.dumps(event, ensure_ascii=False, default=str) + "\n"
         os.write(self._descriptor, line.encode())
+        return event
 
     def close(self) -> None:
         """Flush to disk and close."""
