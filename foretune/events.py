@@ -10,6 +10,7 @@ Every event has ``time`` (seconds since the epoch) and ``kind``; the kinds are t
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from collections.abc import Iterator
@@ -28,7 +29,8 @@ class EventKind(StrEnum):
     PROGRESS = "progress"  # stage, message: what a stage is doing now
     NOTE = "note"  # message: something the user should know
     TRAINING_STARTED = "training_started"  # step, total_steps, world_size, resumed_from
-    #: step, loss, learning_rate, grad_norm, tokens, target_tokens, seconds, tokens_per_second, memory_bytes (peak of rank 0)
+    #: step, loss, learning_rate, grad_norm, tokens, target_tokens, seconds, tokens_per_second,
+    #: memory_bytes (rank 0's peak)
     STEP = "step"
     EVALUATED = "evaluated"  # step, loss, perplexity, target_tokens
     CHECKPOINT_SAVED = "checkpoint_saved"  # step, path, seconds, bytes
@@ -84,7 +86,7 @@ def read_events_from(path: Path, offset: int) -> Iterator[tuple[dict[str, Any], 
 
 def _finite(value: Any) -> Any:
     """NaN and infinities as strings: JSON has neither, and a strict reader would refuse the line."""
-    if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))):
+    if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}
