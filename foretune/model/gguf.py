@@ -1,7 +1,7 @@
 """A .gguf file becomes a Hugging Face folder that trains: llama.cpp's packed weights in, plain safetensors out.
 
     file.gguf ──read metadata──▶ refuse what would come out wrong (damaged, split, scaled rope, unknown text splitting)
-              ──transformers──▶ plain weights ──▶ a fresh model (the loaded one neither trains nor saves) ──▶ safetensors
+              ──transformers──▶ plain weights ──▶ a fresh model (the loaded one can't be saved) ──▶ safetensors
               ──transformers──▶ tokenizer ──mend how it splits text──▶ tokenizer.json, chat template
     folder.partial ──read the tokenizer back, compare──▶ manifest ──rename──▶ folder (existence means complete)
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-#: Byte-level vocabularies whose digits stand alone: llama.cpp (llama-vocab.cpp) splits by ``\p{N}``, then as GPT-2 does.
+#: Byte-level vocabularies whose digits stand alone: llama.cpp (llama-vocab.cpp) splits ``\p{N}``, then as GPT-2.
 DIGIT_SPLITTING = frozenset({"smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"})
 #: Byte-level vocabularies that use GPT-2's expression alone, which is what transformers builds when it knows no better.
 PLAIN_SPLITTING = frozenset({"gpt-2", "phi-2", "mpt", "olmo", "jina-es", "jina-de", "gigachat", "roberta-bpe"})

@@ -16,6 +16,7 @@ import os
 import re
 import shutil
 import tempfile
+import threading
 from pathlib import Path
 
 from foretune.artifacts import RunFolder, sync_folder
@@ -218,12 +219,39 @@ def _link_folder(source: Path, target: Path) -> None:
         shutil.rmtree(partial, ignore_errors=True)
 
 
+def hub_answers(name: str, *, timeout_seconds: float = HUB_TIMEOUT_SECONDS) -> bool:
+    """Whether the hub says anything at all about `name` in time; False also when HF_HUB_OFFLINE forbids to ask.
+
+    Asked from a thread: a resolver that gets no answer blocks for longer than any timeout of the HTTP client.
+    """
+    answers: list[bool] = []
+    thread = threading.Thread(target=lambda: answers.append(_ask_hub(name, timeout_seconds)), daemon=True)
+    thread.start()
+    thread.join(timeout_seconds)
+    return bool(answers) and answers[0]
+
+
+def _ask_hub(name: str, timeout_seconds: float) -> bool:
+    from huggingface_hub import HfApi, errors
+
+    try:
+        HfApi().model_info(name, timeout=timeout_seconds)
+    except errors.HfHubHTTPError:  # an answer, though no good one: the download will say what it means
+        return True
+    except (
+        Exception
+    ):  # offline mode, no route, no name, a proxy that refuses: each HTTP client has its own tree of errors
+        return False
+    return True
+
+
 def _from_hub(name: str, *, trust_remote_code: bool, weights: bool) -> Path:
     """Download (or find in the hub's cache) description, tokenizer and weights of a hub model."""
+    online = hub_answers(name)
     described = _DESCRIPTION_FILES + (["*.py"] if trust_remote_code else [])
-    folder = _snapshot(name, described + (_SAFE_WEIGHTS if weights else []))
+    folder = _snapshot(name, described + (_SAFE_WEIGHTS if weights else []), online=online)
     if weights and not has_weights(folder):
-        folder = _snapshot(name, described + _PICKLED_WEIGHTS)
+        folder = _snapshot(name, described + _PICKLED_WEIGHTS, online=online)
     if not (folder / "config.json").is_file() or (weights and not has_weights(folder)):
         raise UserError(
             "model",
@@ -234,39 +262,33 @@ def _from_hub(name: str, *, trust_remote_code: bool, weights: bool) -> Path:
     return folder
 
 
-def _snapshot(name: str, patterns: list[str]) -> Path:
+def _snapshot(name: str, patterns: list[str], *, online: bool) -> Path:
     """One call of `huggingface_hub.snapshot_download`, its errors told as the user's."""
-    import httpx
     from huggingface_hub import errors, snapshot_download
 
     local = "give a local folder or a .gguf file"
+    broken_connection: type[Exception] = getattr(errors, "HTTPError", OSError)  # of whichever HTTP client the hub uses
     try:
         found = snapshot_download(
-            name, allow_patterns=patterns, ignore_patterns=["*/*", "consolidated*"], etag_timeout=HUB_TIMEOUT_SECONDS
+            name, allow_patterns=patterns, ignore_patterns=["*/*", "consolidated*"], local_files_only=not online
         )
     except errors.GatedRepoError:
-        raise UserError(
-            "model", name, "its owner asks for consent first", "accept its terms on the hub, then `hf auth login`"
-        ) from None
+        mend = "accept its terms on the hub, then `hf auth login`"
+        raise UserError("model", name, "its owner asks for consent first", mend) from None
     except errors.RepositoryNotFoundError:
         mend = _near(Path(name)) or "check the spelling; for a private model `hf auth login` first"
         raise UserError("model", name, "is neither a local folder nor a model on the hub", mend) from None
     except errors.LocalEntryNotFoundError:
-        mend = _near(Path(name)) or f"{local}, or run once with network access (HF_HUB_OFFLINE unset)"
-        raise UserError(
-            "model", name, "is no local folder, is not in the hub's cache, and the hub can't be reached", mend
-        ) from None
+        problem = "is no local folder, is not in the hub's cache, and the hub can't be reached"
+        mend = _near(Path(name)) or f"{local}, or run once with network access (and without HF_HUB_OFFLINE)"
+        raise UserError("model", name, problem, mend) from None
     except errors.HfHubHTTPError as error:
         status = getattr(error.response, "status_code", "no answer")
         raise UserError("model", name, f"the hub refused it (HTTP {status})", f"try again later, or {local}") from None
-    except (OSError, httpx.HTTPError) as error:  # no space, no permission, a connection that broke midway
-        raise UserError(
-            "model",
-            name,
-            f"could not be downloaded ({error})",
-            f"mend that and run again (it goes on where it stopped), or {local}",
-        ) from None
+    except (OSError, broken_connection) as error:  # no space, no permission, a connection that broke midway
+        mend = f"mend that and run again (it goes on where it stopped), or {local}"
+        raise UserError("model", name, f"could not be downloaded ({error})", mend) from None
     return Path(found)
 
 
-__all__ = ["ConvertedModel", "default_cache", "file_sha256", "has_weights", "resolve_model"]
+__all__ = ["ConvertedModel", "default_cache", "file_sha256", "has_weights", "hub_answers", "resolve_model"]
