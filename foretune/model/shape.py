@@ -40,6 +40,7 @@ class ModelShape:
     position_parameters: int  # learned positions
     final_norm_parameters: int
     head_parameters: int  # 0 when tied (but its bias, where it has one)
+    plain_head: bool = True  # the output head is a linear map and nothing more (no soft-capping, no scaling)
     stored_dtype: str | None = None  # of the files, as config.json says it
     estimated: bool = False
 
@@ -95,6 +96,15 @@ class ModelShape:
             chosen = [linear for linear in self.linears if linear.name in wanted]
         return self.num_layers * sum(linear.copies * r * (linear.inputs + linear.outputs) for linear in chosen)
 
+
+#: With one of these set, logits are more than a linear map of the last hidden state, and the loss needs them whole.
+_HEAD_EXTRAS = (
+    "final_logit_softcapping",
+    "logit_scale",
+    "logits_scaling",
+    "output_multiplier_scale",
+    "lm_head_multiplier",
+)
 
 #: Endings of `architectures` that say "this is no causal language model".
 _OTHER_HEADS = (
@@ -192,6 +202,7 @@ def shape_of(values: Mapping[str, Any], *, origin: str) -> ModelShape:
         embedding_parameters=s.vocab * s.h if anatomy.embedding is None else anatomy.embedding,
         position_parameters=anatomy.positions,
         head_parameters=head + (s.vocab if anatomy.head_bias else 0),
+        plain_head=all(keys.get(name) in (None, 0, 1) for name in _HEAD_EXTRAS),
         stored_dtype=dtype if isinstance(dtype, str) else None,
         estimated=family not in FAMILIES or nested is not None,
     )

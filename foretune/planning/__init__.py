@@ -1,0 +1,11 @@
+"""Planning: from a model's shape, a cluster and a configuration to a `Plan` with a reason for every choice. No torch.
+
+config.json ──shape──┐
+nvidia-smi | SPEC ──▶ Cluster ──┐
+Config, PreparedDataset ────────┴──search memory and time──▶ Plan, deepspeed.json
+"""
+
+from foretune.planning.hardware import parse_hardware, probe
+from foretune.planning.planner import make_plan
+
+__all__ = ["make_plan", "parse_hardware", "probe"]

@@ -1,0 +1,274 @@
+"""The machines: probed (nvidia-smi, /proc, cgroups) or described ("2x8xA100-40GB,ram=512GB"). Out: a `Cluster`.
+
+A CPU machine has ranks too: each gets an equal share of the memory that may be used and of the cores.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import subprocess
+from pathlib import Path
+
+import psutil
+
+from foretune.artifacts import Accelerator, Cluster
+from foretune.errors import UserError
+from foretune.planning import catalogue
+from foretune.planning.catalogue import CARDS, GIB, Card, find_card, normalised
+
+#: Ranks on a machine without a GPU when nobody says how many; see `default_cpu_ranks`.
+MOST_CPU_RANKS = 2
+
+_FORM = (
+    "write for example 8xH100-80GB, 2x8xA100-40GB, 1xRTX4090 or 4xcpu, with ,ram=512GB,link=nvlink,net=400Gbps if known"
+)
+
+
+def probe(nproc: int | None = None) -> Cluster:
+    """Look at this machine.
+
+    Args:
+        nproc: ranks to plan for; None is one per GPU, or `default_cpu_ranks` where there is none.
+
+    Raises:
+        UserError: (field ``--nproc``) more ranks than GPUs, or fewer than one.
+    """
+    if nproc is not None and nproc < 1:
+        raise UserError("--nproc", nproc, "is not a number of ranks", "give 1 or more")
+    cards = _visible_gpus()
+    host, cores = usable_host_memory(), usable_cores()
+    if not cards:
+        ranks = nproc or default_cpu_ranks(cores)
+        return _cpu_cluster(ranks, nodes=1, host=host, cores=cores, network=catalogue.DEFAULT_NETWORK, probed=True)
+    if nproc is not None and nproc > len(cards):
+        raise UserError("--nproc", nproc, f"this machine has {len(cards)} GPU(s)", f"give at most {len(cards)}")
+    smallest = min(cards[: nproc or len(cards)], key=lambda card: card.memory_bytes)
+    return Cluster(
+        accelerator=smallest,
+        nodes=1,
+        devices_per_node=nproc or len(cards),
+        host_memory_bytes=host,
+        cores_per_node=cores,
+        link_bandwidth=_link_of(smallest.name),
+        network_bandwidth=catalogue.DEFAULT_NETWORK,
+        probed=True,
+    )
+
+
+def parse_hardware(spec: str) -> Cluster:
+    """Read a description: ``[NODESx]GPUSxNAME[,ram=SIZE][,link=nvlink|pcie|RATE][,net=RATE][,cores=N]``; ``auto`` probes.
+
+    Raises:
+        UserError: (field ``--hardware``) not of that form, or an accelerator that nobody knows (with the nearest name).
+    """
+    if spec.strip().lower() == "auto":
+        return probe()
+    head, *options = [piece.strip() for piece in spec.split(",")]
+    match = re.fullmatch(r"(?:(\d+)\s*[x×*]\s*)?(?:(\d+)\s*[x×*]\s*)?(\S.*)", head, re.IGNORECASE)
+    if match is None or not head:
+        raise UserError("--hardware", spec, "is not a description of hardware", _FORM)
+    first, second, name = match.groups()
+    nodes, devices = (int(first), int(second)) if first and second else (1, int(first or 1))
+    if nodes < 1 or devices < 1 or nodes * devices > 100_000:
+        raise UserError("--hardware", spec, "has no sensible number of devices", _FORM)
+    given = _options(spec, options)
+    network = given.get("net", catalogue.DEFAULT_NETWORK)
+    if normalised(name) == "cpu":
+        cores = int(given.get("cores", devices))
+        host = int(given.get("ram", 4 * GIB * devices))
+        return _cpu_cluster(devices, nodes=nodes, host=host, cores=cores, network=network, probed=False)
+    card = find_card(name)
+    if card is None:
+        raise UserError(
+            "--hardware", spec, f"there is no accelerator named {name} in the catalogue", _nearest_card(name)
+        )
+    return Cluster(
+        accelerator=_accelerator(card),
+        nodes=nodes,
+        devices_per_node=devices,
+        host_memory_bytes=int(given.get("ram", catalogue.HOST_MEMORY_PER_CARD * devices)),
+        cores_per_node=int(given.get("cores", catalogue.CORES_PER_CARD * devices)),
+        link_bandwidth=given.get("link", card.link),
+        network_bandwidth=network,
+        probed=False,
+    )
+
+
+def default_cpu_ranks(cores: int) -> int:
+    """Ranks on a machine without a GPU: two where there are two cores.
+
+    More ranks than that only multiply the fp32 weights of every rank, while each keeps fewer cores for its matmuls.
+    """
+    return min(MOST_CPU_RANKS, cores)
+
+
+def usable_cores() -> int:
+    """Cores this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def usable_host_memory() -> int:
+    """Bytes that new processes can take here: what the kernel calls available, less where a container's limit is nearer."""
+    available = int(psutil.virtual_memory().available)
+    for limit_file, usage_file in (
+        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+    ):
+        limit, usage = _read_number(limit_file), _read_number(usage_file)
+        if limit is not None and usage is not None and limit < 2**60:  # v1 writes a huge number for "no limit"
+            available = min(available, max(0, limit - usage + _reclaimable(Path(limit_file).parent)))
+    return available
+
+
+def _reclaimable(folder: Path) -> int:
+    """Page cache of a cgroup that the kernel gives back when asked; it counts as used but is not in the way."""
+    try:
+        lines = (folder / "memory.stat").read_text().splitlines()
+    except OSError:
+        return 0
+    fields = dict(line.split(maxsplit=1) for line in lines if " " in line)
+    return int(fields.get("total_inactive_file", fields.get("inactive_file", "0")))
+
+
+def _read_number(path: str) -> int | None:
+    try:
+        return int(Path(path).read_text().strip())
+    except (OSError, ValueError):  # absent, or "max"
+        return None
+
+
+def _cpu_cluster(ranks: int, *, nodes: int, host: int, cores: int, network: float, probed: bool) -> Cluster:
+    share = max(1, cores // ranks)
+    accelerator = Accelerator(
+        name="cpu",
+        kind="cpu",
+        memory_bytes=host // ranks,
+        bf16=probed and _cpu_has_bf16(),
+        fp16=False,
+        peak_flops=catalogue.CPU_CORE_FLOPS * share,
+        memory_bandwidth=catalogue.CPU_BANDWIDTH / min(ranks, 2),
+    )
+    return Cluster(
+        accelerator=accelerator,
+        nodes=nodes,
+        devices_per_node=ranks,
+        host_memory_bytes=host,
+        cores_per_node=cores,
+        link_bandwidth=catalogue.CPU_LINK,
+        network_bandwidth=min(network, catalogue.CPU_LINK),
+        probed=probed,
+    )
+
+
+def _cpu_has_bf16() -> bool:
+    """Whether the processor multiplies bfloat16 itself (AVX-512 BF16 or AMX); without, bf16 is emulated and slow."""
+    try:
+        flags = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+    return "avx512_bf16" in flags or "amx_bf16" in flags
+
+
+def _accelerator(card: Card, memory_bytes: int | None = None) -> Accelerator:
+    return Accelerator(
+        name=card.name,
+        kind="cuda",
+        memory_bytes=memory_bytes or card.memory_bytes,
+        bf16=card.bf16,
+        fp16=True,
+        peak_flops=card.peak_tflops * 1e12,
+        memory_bandwidth=card.bandwidth_gb * 1e9,
+    )
+
+
+def _visible_gpus() -> list[Accelerator]:
+    """GPUs that nvidia-smi lists and CUDA_VISIBLE_DEVICES leaves visible (nvidia-smi itself ignores that mask)."""
+    query = [
+        "nvidia-smi",
+        "--query-gpu=index,uuid,name,memory.total,memory.reserved,compute_cap",
+        "--format=csv,noheader,nounits",
+    ]
+    try:
+        answer = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return []
+    rows = [[field.strip() for field in line.split(",")] for line in answer.splitlines() if line.count(",") >= 5]
+    mask = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if mask is not None:
+        wanted = [piece.strip() for piece in mask.split(",") if piece.strip()]
+        rows = [row for piece in wanted for row in rows if row[0] == piece or row[1].startswith(piece)]
+    return [_from_row(row) for row in rows]
+
+
+def _from_row(row: list[str]) -> Accelerator:
+    """One line of nvidia-smi. A card the catalogue lacks is planned with a modest guess of its speed, never of its memory."""
+    name, total_mib = row[2], float(row[3])
+    reserved_mib = float(row[4]) if row[4].replace(".", "").isdigit() else 0.0
+    memory = int((total_mib - reserved_mib) * 2**20)
+    capability = float(row[5]) if row[5].replace(".", "").isdigit() else 8.0
+    card = _nvidia_card(name, memory)
+    if card is not None:
+        return _accelerator(card, memory)
+    return Accelerator(
+        name=name,
+        kind="cuda",
+        memory_bytes=memory,
+        bf16=capability >= 8.0,
+        fp16=True,
+        peak_flops=60e12,
+        memory_bandwidth=500e9,
+    )
+
+
+def _nvidia_card(name: str, memory_bytes: int) -> Card | None:
+    """The catalogue's card for a name like "NVIDIA A100-SXM4-80GB": the longest alias it holds, nearest in memory."""
+    wanted = normalised(name)
+    fits = [
+        (len(key), -abs(card.memory_bytes - memory_bytes), card)
+        for card in CARDS
+        for key in (normalised(alias) for alias in (card.name, *card.aliases))
+        if key in wanted and abs(card.memory_bytes - memory_bytes) < 0.2 * memory_bytes
+    ]
+    return max(fits, key=lambda fit: fit[:2])[2] if fits else None
+
+
+def _link_of(name: str) -> float:
+    card = find_card(name)
+    return card.link if card is not None else 12e9
+
+
+def _options(spec: str, options: list[str]) -> dict[str, float]:
+    values: dict[str, float] = {}
+    for option in options:
+        key, _, text = option.partition("=")
+        key = key.strip().lower()
+        if key not in ("ram", "link", "net", "cores"):
+            raise UserError(
+                "--hardware", spec, f"there is no option {key!r}", "the options are ram, link, net and cores"
+            )
+        values[key] = _quantity(spec, key, text.strip().lower())
+    return values
+
+
+def _quantity(spec: str, key: str, text: str) -> float:
+    if key == "link" and text in ("nvlink", "pcie"):
+        return 300e9 if text == "nvlink" else 25e9
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z/]*)", text)
+    units = {
+        "ram": {"gb": GIB, "gib": GIB, "tb": 1024 * GIB, "tib": 1024 * GIB, "": GIB},
+        "net": {"gbps": 1e9 / 8, "gbit/s": 1e9 / 8, "gb/s": 1e9, "": 1e9 / 8},
+        "link": {"gb/s": 1e9, "gbps": 1e9 / 8, "": 1e9},
+        "cores": {"": 1.0},
+    }[key]
+    if match is None or match.group(2) not in units or float(match.group(1)) <= 0:
+        raise UserError("--hardware", spec, f"{key}={text} is no quantity", _FORM)
+    return float(match.group(1)) * units[match.group(2)]
+
+
+def _nearest_card(name: str) -> str:
+    names = {normalised(alias): card.name for card in CARDS for alias in (card.name, *card.aliases)}
+    near = difflib.get_close_matches(normalised(name), names, n=1, cutoff=0.3)
+    known = f"did you mean {names[near[0]]}? " if near else ""
+    return f"{known}known are cpu, {', '.join(card.name for card in CARDS)}"

@@ -1,0 +1,253 @@
+"""Memory of one rank and of one node in closed form. Bytes; ψ all parameters, ψt the trained ones, N the number of ranks.
+
+Workload × Strategy × Cluster ──▶ parts by phase ──▶ the peak, and the phase it is in
+
+States (Rajbhandari et al. 2020, ZeRO, §3 and §5; transients measured on DeepSpeed 0.19.8 under a storage tracker), with b
+bytes of a parameter in forward (2 or 4), a of an accumulated gradient, s of the optimizer's states (8 for Adam):
+
+    stage   parameters   fp32 master + states   gradients       added while stepping
+    0       bψ           (4 if b=2) ψt + sψt    bψt             8ψt in 16 bits
+    1       bψ           (4+s)ψt/N              aψt + bψt       4ψt/N, (2+4)ψt/N with 16-bit accumulation
+    2       bψ           (4+s)ψt/N              aψt/N           as stage 1; 0.8ψt/N with a=4, b=2
+    3       bψ/N         (4+s)ψt/N              aψt/N           4·min(ψt/N, sub-group), 6 with 16-bit accumulation
+
+Offloading moves master, states and gradients to the host. Activations: `activation_bytes_per_token_layer`. A checkpointed
+layer keeps its input only, and recomputes itself in backward, one layer at a time (Chen et al. 2016).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import ceil
+
+from foretune.artifacts import Cluster
+from foretune.model.shape import ModelShape
+from foretune.planning.strategy import BYTES, GIB, Strategy, Workload, buckets_for
+
+#: CUDA context, cuBLAS workspaces and kernels of one process; NCCL's channels come on top where there are several ranks.
+CUDA_CONTEXT_BYTES = int(0.75 * GIB)
+NCCL_BYTES = int(0.5 * GIB)
+#: A Python process with torch, transformers and deepspeed imported, no weights.
+PROCESS_BYTES = int(0.9 * GIB)
+#: The same on a machine with GPUs: CUDA's libraries and pinned staging buffers.
+GPU_PROCESS_BYTES = int(3.5 * GIB)
+#: Share of the memory that a plan may fill; the rest is for the allocator's rounding and fragments.
+USABLE_SHARE = 0.92
+
+
+@dataclass(frozen=True)
+class DeviceMemory:
+    """Peak of one rank's device, by part, and the phase in which it is reached."""
+
+    phase: str
+    parts: dict[str, int]
+
+    @property
+    def peak(self) -> int:
+        """Bytes."""
+        return sum(self.parts.values())
+
+
+def activation_bytes_per_token_layer(shape: ModelShape, element_bytes: int) -> int:
+    """What one layer saves for backward, per token (the tensors that autograd keeps of Hugging Face's layers with SDPA).
+
+    Two RMS norms compute in fp32: each keeps its input in fp32 (4h), its normalised value (bh) and its output (bh),
+    which the linears read. Attention keeps rotated q, repeated k and v and its output (4·b·q) and 4 bytes of
+    log-sum-exp a head. A gated MLP keeps gate, its activation, up and their product (4·b·i), a plain one two (2·b·i),
+    and its activation function's inner values (GELU written out as tanh keeps three more).
+    """
+    h, i, b = shape.hidden_size, shape.intermediate_size, element_bytes
+    q = shape.num_attention_heads * shape.head_dim
+    norms = 2 * (4 * h + 2 * b * h) if shape.gated_mlp else 2 * 2 * b * h
+    attention = 4 * b * q + 4 * shape.num_attention_heads
+    mlp = (4 if shape.gated_mlp else 5) * b * i
+    return norms + attention + mlp + b * h
+
+
+def activation_bytes(work: Workload, strategy: Strategy) -> int:
+    """Activations of one micro-batch at their peak, the start of backward."""
+    tokens = strategy.micro_batch_size * work.max_length
+    b = work.parameter_bytes
+    full = activation_bytes_per_token_layer(work.shape, b)
+    kept = strategy.checkpointed_layers
+    layers = (work.shape.num_layers - kept) * full + kept * b * work.shape.hidden_size
+    recomputed = full if kept else 0
+    around = 3 * b * work.shape.hidden_size + 40  # embedding, last norm, and the ids, positions and labels (int64)
+    adapters = _adapter_activation_bytes(work) * (work.shape.num_layers - kept)
+    return tokens * (layers + recomputed + around + adapters) + _mask_bytes(work, strategy)
+
+
+def _adapter_activation_bytes(work: Workload) -> int:
+    """Per token and layer: the low-rank products of LoRA, and its second outputs that are added to the frozen ones."""
+    return 2 * work.parameter_bytes * work.shape.hidden_size if work.frozen else 0
+
+
+def _mask_bytes(work: Workload, strategy: Strategy) -> int:
+    """Packed rows on SDPA get a [rows, 1, T, T] mask, boolean and once more in the elements' type."""
+    if not work.packing:
+        return 0
+    return strategy.micro_batch_size * work.max_length**2 * (1 + work.parameter_bytes)
+
+
+def loss_bytes(work: Workload, strategy: Strategy) -> int:
+    """Linear cross-entropy of one chunk: logits and a temporary of the log-sum-exp in fp32 (8·c·V bytes).
+
+    The head's gradient is summed in fp32 (4Vh) beside its 16-bit copy and one product (bVh each) where the head is
+    trained. A head that does more than multiply has whole logits (14 V bytes a token).
+    """
+    shape, b = work.shape, work.parameter_bytes
+    tokens = strategy.micro_batch_size * work.max_length
+    if not shape.plain_head:
+        return 14 * shape.vocab_size * tokens
+    head = shape.vocab_size * shape.hidden_size
+    gradient = (4 + 2 * b) * head if not work.frozen else 0
+    return 8 * min(strategy.loss_chunk_tokens, tokens) * shape.vocab_size + gradient + tokens * b * shape.hidden_size
+
+
+def device_memory(work: Workload, strategy: Strategy, cluster: Cluster) -> DeviceMemory:
+    """Peak memory of one rank's device. On a CPU the device is the rank's share of the host, so nothing leaves it."""
+    ranks, stage, trained = cluster.world_size, strategy.zero_stage, work.trainable
+    b, a = work.parameter_bytes, work.gradient_bytes
+    on_cpu = cluster.accelerator.kind == "cpu"
+    stays = 1.0 if on_cpu else 1.0 - strategy.offload_optimizer
+    shard = ceil(trained / ranks) if stage else trained
+    buckets = buckets_for(work.shape, trained)
+
+    resident = {"parameters": b * _held_parameters(work, strategy, cluster)}
+    master = 0 if stage == 0 and b == 4 else 4
+    resident["optimizer"] = int(stays * (master + work.optimizer_state_bytes) * shard)
+    gradients, transient_gradients = _gradient_bytes(work, strategy, shard, stays)
+    gathered = 0
+    if stage == 3:
+        gathered = b * min(work.parameters, buckets.max_live) if ranks > 1 or strategy.offload_param else 0
+    resident["buffers"] = (b * buckets.reduce if stage else 0) + gathered
+    if on_cpu:
+        resident["process"] = PROCESS_BYTES
+    else:
+        resident["context"] = CUDA_CONTEXT_BYTES + (NCCL_BYTES if ranks > 1 else 0)
+
+    activations, loss = activation_bytes(work, strategy), loss_bytes(work, strategy)
+    # With one micro-batch a step, gradients grow while activations are freed: only the larger of both counts.
+    accumulated = gradients if strategy.accumulation_steps > 1 else 0
+    phases = {
+        "loss": {"gradients": accumulated, "activations": activations, "loss": loss},
+        "backward": {"gradients": gradients + transient_gradients, "activations": tokens_bytes(work, strategy)},
+        "step": {"gradients": gradients, "step": _step_bytes(work, strategy, shard, stays, buckets.sub_group)},
+    }
+    phase = max(phases, key=lambda name: sum(phases[name].values()))
+    return DeviceMemory(phase, {name: size for name, size in {**resident, **phases[phase]}.items() if size})
+
+
+def tokens_bytes(work: Workload, strategy: Strategy) -> int:
+    """Activations left at the end of backward: one layer's."""
+    tokens = strategy.micro_batch_size * work.max_length
+    return tokens * activation_bytes_per_token_layer(work.shape, work.parameter_bytes)
+
+
+def _held_parameters(work: Workload, strategy: Strategy, cluster: Cluster) -> int:
+    """Parameters that stay on the device between steps."""
+    if strategy.zero_stage < 3:
+        return work.parameters
+    if strategy.offload_param and cluster.accelerator.kind != "cpu":
+        return 0
+    return ceil(work.parameters / cluster.world_size)
+
+
+def _gradient_bytes(work: Workload, strategy: Strategy, shard: int, stays: float) -> tuple[int, int]:
+    """Gradients kept on the device, and those that backward has beside them before they are reduced or added."""
+    stage, trained = strategy.zero_stage, work.trainable
+    b, a = work.parameter_bytes, work.gradient_bytes
+    widest = work.shape.vocab_size * work.shape.hidden_size if not work.frozen else 0
+    if stage == 0:
+        return b * trained, b * widest
+    if stage == 1:
+        kept = int(a * trained * (stays if strategy.offload_optimizer else 1))
+        return kept, b * trained if a != b else b * widest
+    kept = int(a * shard * stays)
+    if stage == 3 and not strategy.offload_optimizer:
+        return kept, b * widest
+    return kept, 2 * b * widest  # a tied or large embedding's gradient before it leaves for its owner
+
+
+def _step_bytes(work: Workload, strategy: Strategy, shard: int, stays: float, sub_group: int) -> int:
+    """What the optimizer step adds."""
+    b, a, stage = work.parameter_bytes, work.gradient_bytes, strategy.zero_stage
+    if stage == 0:
+        return 0 if b == 4 else 8 * work.trainable
+    if stage == 3:
+        tile = min(shard, sub_group)
+        fp32_gradients = int(4 * shard * stays) if strategy.offload_optimizer else 4 * tile
+        return fp32_gradients + (2 * tile if a == 2 else 0)
+    if a == 2:
+        return int(6 * shard * stays)
+    if b == 2:
+        return int((0.8 if stage == 2 else 2.0) * shard * stays)
+    return int(4 * shard * stays)
+
+
+def initialisation_bytes(work: Workload, strategy: Strategy, cluster: Cluster) -> int:
+    """Peak while the engine is built: weights, master, and a second copy of the shard on its way to fp32 (10ψ at N=1)."""
+    shard = ceil(work.trainable / cluster.world_size) if strategy.zero_stage else work.trainable
+    return work.parameter_bytes * _held_parameters(work, strategy, cluster) + 8 * shard
+
+
+def host_memory_per_node(work: Workload, strategy: Strategy, cluster: Cluster) -> int:
+    """Host memory of one node: processes, what is offloaded, and the reading of the weights.
+
+    Offloading at stages 1 and 2 takes 18.4 bytes a parameter of the rank's shard (measured: device and host together
+    20.4, the device 2). At stage 3: 12 bytes of the offloaded share, its fp32 gradients pinned, and the accumulated
+    gradients of the whole shard pinned; pinned buffers are rounded up to a power of two by torch's host allocator.
+    """
+    per_node = cluster.devices_per_node
+    if cluster.accelerator.kind == "cpu":
+        return per_node * max(
+            device_memory(work, strategy, cluster).peak, initialisation_bytes(work, strategy, cluster)
+        )
+    total = per_node * GPU_PROCESS_BYTES
+    shard = ceil(work.trainable / cluster.world_size)
+    if strategy.offload_optimizer and strategy.zero_stage < 3:
+        total += int(per_node * (10.4 + work.optimizer_state_bytes) * shard)
+    elif strategy.offload_optimizer:
+        share, group = strategy.offload_optimizer, max(1, min(shard, buckets_for(work.shape, work.trainable).sub_group))
+        pinned_gradients = shard / group * _power_of_two(4 * group)
+        total += int(per_node * share * ((4 + work.optimizer_state_bytes) * shard + pinned_gradients))
+        total += per_node * _power_of_two(work.gradient_bytes * shard)
+    if strategy.offload_param:
+        total += per_node * _power_of_two(work.parameter_bytes * ceil(work.parameters / cluster.world_size))
+    # Weights are mapped from their files and cost no memory of their own, except that a rank holds one whole shard file.
+    return total + min(work.parameter_bytes * work.parameters, 5 * GIB)
+
+
+def checkpoint_bytes(work: Workload, strategy: Strategy) -> int:
+    """A checkpoint on disk: the trained weights, their fp32 master where there is one, and the optimizer's states."""
+    b = work.parameter_bytes
+    if strategy.zero_stage == 0 and b == 4:
+        return (4 + work.optimizer_state_bytes) * work.trainable
+    weights = 0 if strategy.zero_stage == 3 else b
+    return (weights + 4 + work.optimizer_state_bytes) * work.trainable
+
+
+def _power_of_two(size: int) -> int:
+    return 1 << max(0, size - 1).bit_length()
+
+
+def budget(cluster: Cluster) -> int:
+    """Bytes of a device that a plan may fill."""
+    return int(USABLE_SHARE * cluster.accelerator.memory_bytes)
+
+
+def host_budget(cluster: Cluster) -> int:
+    """Bytes of a node's host memory that a plan may fill."""
+    return int(USABLE_SHARE * cluster.host_memory_bytes)
+
+
+__all__ = [
+    "BYTES",
+    "DeviceMemory",
+    "activation_bytes",
+    "budget",
+    "checkpoint_bytes",
+    "device_memory",
+    "host_budget",
+    "host_memory_per_node",
+]

@@ -1,0 +1,105 @@
+"""What is to be trained (`Workload`) and one way of doing it (`Strategy`): the two inputs of memory and timing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import ceil
+from typing import Literal
+
+from foretune.model.shape import ModelShape
+
+Precision = Literal["fp32", "bf16", "fp16"]
+BYTES: dict[str, int] = {"fp32": 4, "bf16": 2, "fp16": 2}
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Workload:
+    """The work of one optimizer step, whatever the layout. None of it is the planner's to change."""
+
+    shape: ModelShape
+    trainable: int  # parameters that are trained
+    frozen: int  # parameters that are not (LoRA's base)
+    precision: Precision
+    accumulation_dtype: Precision
+    optimizer_state_bytes: int  # per trainable parameter, fp32: Adam 8, SGD with momentum 4
+    max_length: int
+    global_batch_size: int  # rows
+    document_length: float  # mean length that attention sees, at most max_length
+    packing: bool
+
+    @property
+    def parameters(self) -> int:
+        """All parameters that a rank must have in some form."""
+        return self.trainable + self.frozen
+
+    @property
+    def parameter_bytes(self) -> int:
+        """Bytes of one parameter in forward and backward."""
+        return BYTES[self.precision]
+
+    @property
+    def gradient_bytes(self) -> int:
+        """Bytes of one accumulated gradient."""
+        return BYTES[self.accumulation_dtype]
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """One way to lay the work out. `offload_optimizer` is the share of the optimizer that lives in host memory."""
+
+    zero_stage: Literal[0, 1, 2, 3]
+    micro_batch_size: int
+    accumulation_steps: int
+    checkpointed_layers: int = 0
+    offload_optimizer: float = 0.0
+    offload_param: bool = False
+    loss_chunk_tokens: int = 2048
+
+    @property
+    def name(self) -> str:
+        """As people say it, without the batch."""
+        parts = [f"ZeRO-{self.zero_stage}"]
+        if self.offload_optimizer:
+            share = "" if self.offload_optimizer == 1 else f"{self.offload_optimizer:.0%} of the "
+            parts.append(f"{share}optimizer in host memory")
+        if self.offload_param:
+            parts.append("parameters in host memory")
+        return " + ".join(parts)
+
+
+@dataclass(frozen=True)
+class Buckets:
+    """DeepSpeed's buffers in elements, sized to the model: its own defaults (5e8) take gigabytes for any model."""
+
+    reduce: int
+    allgather: int
+    prefetch: int
+    persistence: int
+    max_live: int
+    sub_group: int
+
+
+def buckets_for(shape: ModelShape, trainable: int) -> Buckets:
+    """Sizes of DeepSpeed's buffers.
+
+    A bucket beyond 1e8 elements (200 MB in 16 bits) no longer makes a collective faster; one below a sixteenth of the
+    model only makes more of them. Prefetch reaches one layer ahead, 10·h elements stay whole (norms and biases), as in
+    transformers' own integration. At most three layers, the embedding and the head are gathered at a time.
+    """
+    layer = shape.layer_parameters
+    reduce = min(100_000_000, max(1_000_000, ceil(trainable / 4)))
+    widest = shape.vocab_size * shape.hidden_size
+    return Buckets(
+        reduce=reduce,
+        allgather=reduce,
+        prefetch=min(50_000_000, max(1_000_000, layer)),
+        persistence=10 * shape.hidden_size,
+        max_live=min(1_000_000_000, max(10_000_000, 3 * layer + 2 * widest)),
+        sub_group=100_000_000,
+    )
+
+
+def gib(value: float) -> str:
+    """Bytes for people: ``93.1 GiB``, ``820 MiB``."""
+    return f"{value / GIB:.1f} GiB" if value >= GIB else f"{value / 2**20:.0f} MiB"

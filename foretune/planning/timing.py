@@ -1,0 +1,147 @@
+"""Time of one optimizer step in closed form, in seconds.
+
+Workload × Strategy × Cluster ──▶ compute + memory-bound + communication + offload + optimizer, per rank
+
+Compute: 2 FLOP a multiplied parameter and token forward, 4 backward (2 where the weights are frozen), 2 more where a layer
+is recomputed (Kaplan et al. 2020, §2.1), plus attention. Pointwise work moves the activations a few times through memory.
+Collectives move their volume (N-1)/N over the narrowest link (Thakur et al. 2005, ring). Constants carry their measurement.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from foretune.artifacts import Cluster
+from foretune.planning.memory import activation_bytes_per_token_layer
+from foretune.planning.strategy import Strategy, Workload
+
+#: Of the data sheet's peak, what a large 16-bit matmul reaches: 784 of 989 TFLOP/s on an H100 (8192³).
+MATMUL_SHARE = 0.79
+#: Of the peak, what causal flash attention reaches forward and backward: 49 ms for 20 TFLOP on an H100.
+ATTENTION_SHARE = 0.42
+#: fp32 matmuls on tensor cores in TF32 run at half the 16-bit peak at best; torch's default is plain fp32, near an eighth.
+FP32_GPU_SHARE = 1 / 8
+#: bf16 on a CPU that has no instructions for it, against fp32.
+EMULATED_BF16_SLOWDOWN = 20.0
+#: Times that saved activations pass through memory in a step: written, read back, and their gradients once each way.
+ACTIVATION_PASSES = 4.0
+#: Bytes of memory traffic per trained parameter in a fused Adam step with its casts and ZeRO's copies.
+OPTIMIZER_BYTES = 48.0
+#: Seconds per layer and micro-batch below which Python and kernel launches are the limit (forward and backward, eager).
+LAUNCH_SECONDS = {"cuda": 1.2e-3, "cpu": 1.5e-3}
+#: ZeRO's Python at every optimizer step.
+ZERO_STEP_SECONDS = 0.02
+#: CPU Adam (fused, all cores): trained parameters per second and core; 7.6e9 take 4-5 s on 16 cores at 70 %.
+CPU_ADAM_PER_CORE = 75e6
+#: Host link of a GPU, bytes per second each way (PCIe 4/5 as pinned copies reach it).
+HOST_LINK = 22e9
+#: Seconds to start one collective.
+COLLECTIVE_LATENCY = {"cuda": 3e-5, "cpu": 1e-3}
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of one optimizer step by what they are spent on."""
+
+    compute: float
+    memory_bound: float
+    communication: float
+    offload: float
+    optimizer: float
+
+    @property
+    def total(self) -> float:
+        """Seconds of the step."""
+        return self.compute + self.memory_bound + self.communication + self.offload + self.optimizer
+
+
+def flops_per_row(work: Workload, checkpointed_layers: int = 0) -> float:
+    """FLOP of one row of max_length tokens, forward and backward, recomputation included."""
+    shape = work.shape
+    share = checkpointed_layers / shape.num_layers
+    factor = (4.0 if work.frozen else 6.0) + 2.0 * share
+    layers = factor * (shape.matmul_parameters - shape.vocab_size * shape.hidden_size)
+    head = (4.0 if work.frozen else 6.0) * shape.vocab_size * shape.hidden_size
+    adapters = 6.0 * work.trainable if work.frozen else 0.0
+    return work.max_length * (layers + head + adapters)
+
+
+def attention_flops_per_row(work: Workload, checkpointed_layers: int = 0) -> float:
+    """FLOP of causal attention in one row: per token, layer and side 2·q·(length/2), twice forward and five times backward."""
+    shape = work.shape
+    width = shape.num_attention_heads * shape.head_dim
+    passes = 7.0 + 2.0 * checkpointed_layers / shape.num_layers
+    length = work.document_length if work.packing else float(work.max_length)
+    return work.max_length * passes * shape.num_layers * width * length
+
+
+def step_time(work: Workload, strategy: Strategy, cluster: Cluster) -> StepTime:
+    """Predict one optimizer step on one rank (all ranks do the same)."""
+    accelerator = cluster.accelerator
+    rows = strategy.micro_batch_size * strategy.accumulation_steps
+    rate = _matmul_rate(work, cluster)
+    compute = rows * flops_per_row(work, strategy.checkpointed_layers) / rate
+    attention_share = ATTENTION_SHARE / MATMUL_SHARE
+    compute += rows * attention_flops_per_row(work, strategy.checkpointed_layers) / (rate * attention_share)
+
+    recomputed = 1.0 + 0.5 * strategy.checkpointed_layers / work.shape.num_layers
+    saved = activation_bytes_per_token_layer(work.shape, work.parameter_bytes) * work.shape.num_layers
+    traffic = ACTIVATION_PASSES * recomputed * rows * work.max_length * saved
+    # The logits: written, normalised, differentiated and multiplied, in fp32.
+    traffic += rows * work.max_length * 6 * 4 * work.shape.vocab_size
+    memory_bound = traffic / accelerator.memory_bandwidth
+    launches = LAUNCH_SECONDS[accelerator.kind] * strategy.accumulation_steps * work.shape.num_layers * recomputed
+    compute = max(compute, launches - memory_bound)
+
+    return StepTime(compute, memory_bound, _communication(work, strategy, cluster), *_update(work, strategy, cluster))
+
+
+def _matmul_rate(work: Workload, cluster: Cluster) -> float:
+    """FLOP per second that large matmuls reach in the workload's precision."""
+    accelerator = cluster.accelerator
+    rate = MATMUL_SHARE * accelerator.peak_flops
+    if accelerator.kind == "cuda":
+        return rate * (FP32_GPU_SHARE if work.precision == "fp32" else 1.0)
+    return rate / EMULATED_BF16_SLOWDOWN if work.precision != "fp32" and not accelerator.bf16 else rate
+
+
+def _communication(work: Workload, strategy: Strategy, cluster: Cluster) -> float:
+    """Collectives of one step. Stages 0 and 1 reduce once a step, stages 2 and 3 at every micro-batch."""
+    ranks = cluster.world_size
+    if ranks == 1:
+        return 0.0
+    link = cluster.link_bandwidth if cluster.nodes == 1 else min(cluster.link_bandwidth, cluster.network_bandwidth)
+    share = (ranks - 1) / ranks
+    b, steps, stage = work.parameter_bytes, strategy.accumulation_steps, strategy.zero_stage
+    gradients = b * work.trainable * share
+    if stage == 0:
+        volume, collectives = 2 * gradients, 1
+    elif stage == 1:
+        volume, collectives = 2 * gradients + gradients, 2  # all-reduce, then the updated weights are gathered
+    elif stage == 2:
+        volume, collectives = steps * gradients + gradients, steps + 1
+    else:
+        # Gathered in forward and again in backward, and the gradients scattered, at every micro-batch.
+        volume = steps * (2 * b * work.parameters * share + gradients)
+        collectives = steps * 3 * work.shape.num_layers
+    return volume / link + collectives * COLLECTIVE_LATENCY[cluster.accelerator.kind]
+
+
+def _update(work: Workload, strategy: Strategy, cluster: Cluster) -> tuple[float, float]:
+    """(offload, optimizer): seconds on the host's link and in the host's Adam, and seconds of the step on the device."""
+    accelerator = cluster.accelerator
+    stage = strategy.zero_stage
+    shard = work.trainable / (cluster.world_size if stage else 1)
+    if accelerator.kind == "cpu":
+        return 0.0, shard * OPTIMIZER_BYTES / accelerator.memory_bandwidth + 1e-3
+    moved = strategy.offload_optimizer * shard
+    on_device = (shard - moved) * OPTIMIZER_BYTES / accelerator.memory_bandwidth + (ZERO_STEP_SECONDS if stage else 0.0)
+    cores = max(1.0, cluster.cores_per_node / cluster.devices_per_node)
+    offload = moved / (CPU_ADAM_PER_CORE * cores)
+    # Gradients go to the host at every micro-batch, updated weights come back once.
+    offload += moved * (work.gradient_bytes * strategy.accumulation_steps + work.parameter_bytes) / HOST_LINK
+    if strategy.offload_param:
+        offload += (
+            3 * strategy.accumulation_steps * work.parameter_bytes * work.parameters / cluster.world_size / HOST_LINK
+        )
+    return offload, on_device
