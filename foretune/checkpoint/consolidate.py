@@ -167,3 +167,29 @@ def _masters(
         raise VerificationFailed(
             f"{checkpoint.name}: its shards hold {starts[-1]} elements a rank, its parameters take {offset}"
         )
+
+
+def load_weights(model: torch.nn.Module, checkpoint: Path, *, verified: Checkpoint | None = None) -> None:
+    """Copy the weights of a checkpoint into a module of the same architecture, casting to the module's dtype.
+
+    A LoRA checkpoint fills the adapters of a peft model and leaves the rest as it is.
+
+    Raises:
+        VerificationFailed: as `stored_weights`; or the names or shapes on both sides differ.
+    """
+    targets = dict(model.named_parameters()) | dict(model.named_buffers())
+    stored = stored_weights(checkpoint, verified=verified)
+    adapters = all(any(mark in weight.name for mark in _ADAPTER_MARKS) for weight in stored)
+    wanted = {name for name, _ in model.named_parameters()}
+    if adapters:
+        wanted = {name for name in wanted if any(mark in name for mark in _ADAPTER_MARKS)}
+    missing = sorted(wanted - {weight.name for weight in stored})
+    unknown = sorted(
+        weight.name for weight in stored if weight.name not in targets or targets[weight.name].shape != weight.shape
+    )
+    if missing or unknown:
+        problem = f"lacks {missing[0]}" if missing else f"holds {unknown[0]}, which the model has not in that shape"
+        raise VerificationFailed(f"{checkpoint.name}: it {problem}")
+    with torch.no_grad():
+        for weight in stored:
+            targets[weight.name].copy_(weight.read())

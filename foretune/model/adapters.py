@@ -38,7 +38,10 @@ def add_adapters(model: Any, lora: LoraConfig, *, seed: int) -> Any:
         adapted = get_peft_model(model, config, autocast_adapter_dtype=False)
     except ValueError as error:
         raise UserError(
-            "lora.target_modules", targets, " ".join(str(error).split())[:200], "name layers that the model has, or use all-linear"
+            "lora.target_modules",
+            targets,
+            " ".join(str(error).split())[:200],
+            "name layers that the model has, or use all-linear",
         ) from None
     trainable = [name for name, parameter in adapted.named_parameters() if parameter.requires_grad]
     assert trainable, "peft made no trainable parameter"
@@ -58,3 +61,13 @@ def _stores_weights_transposed(model: Any) -> bool:
     from transformers.pytorch_utils import Conv1D
 
     return any(isinstance(module, Conv1D) for module in model.modules())
+
+
+def restore_adapters(model: Any, folder: Path) -> Any:
+    """Wrap `model` with adapters of the shape that ``adapter_config.json`` in `folder` describes; their weights are
+    still to be loaded. They take the model's dtype, as in training."""
+    from peft import PeftConfig, get_peft_model
+
+    config = PeftConfig.from_pretrained(str(folder))
+    config.inference_mode = False  # the parameters stay what they were in training: trainable
+    return get_peft_model(model, config, autocast_adapter_dtype=False)
