@@ -305,6 +305,7 @@ def _answer_refusal(_request: Request | None, refusal: Exception, *, headers: di
     assert isinstance(refusal, Refusal)
     extra = {"www-authenticate": "Bearer"} if refusal.status == 401 else {}
     extra |= {"retry-after": "5"} if refusal.status == 503 else {}
+    extra |= {"connection": "close"} if refusal.status == 413 else {}  # or uvicorn reads the rest, were it endless
     return JSONResponse(refusal.as_object(), status_code=refusal.status, headers={**(headers or {}), **extra})
 
 
