@@ -38,7 +38,7 @@ class EventKind(StrEnum):
     FAULT = "fault"  # cause, rank, step
     BREAKDOWN = "breakdown"  # seconds_by_phase, of all launches together
     TRAINING_FINISHED = "training_finished"  # step, seconds, breakdown
-    PREDICTED_AGAINST_MEASURED = "predicted_against_measured"  # per quantity: predicted, measured
+    PREDICTED_AGAINST_MEASURED = "predicted_against_measured"  # quantities: name → predicted, measured
 
 
 class Journal:

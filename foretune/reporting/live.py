@@ -69,9 +69,9 @@ class PlainLines:
         self.title = title
         self.state = RoadState(stages)
         self._next_step = 0
+        self._titled = False
 
     def __enter__(self) -> PlainLines:
-        self._say(self.title)
         return self
 
     def __exit__(self, kind: object, error: object, trace: object) -> None:
@@ -79,6 +79,9 @@ class PlainLines:
             self._say(f"{stage.name}: stopped")
 
     def __call__(self, event: Mapping[str, Any]) -> None:
+        if not self._titled:
+            self._say(self.title)
+            self._titled = True
         self.state.update(event)
         for line in self._lines(event):
             self._say(line)
@@ -119,7 +122,7 @@ class PlainLines:
 
 
 class LiveView:
-    """The whole road on a few lines, redrawn four times a second."""
+    """The whole road on a few lines, redrawn four times a second. It appears with the first event."""
 
     def __init__(self, console: Console, title: str, stages: Sequence[str]) -> None:
         self.title = title
@@ -129,12 +132,14 @@ class LiveView:
         self._log_streams: list[tuple[logging.StreamHandler[Any], Any]] = []
 
     def __enter__(self) -> LiveView:
+        return self
+
+    def _start(self) -> None:
         self._live.start()
         # Live puts a proxy in place of sys.stderr that prints above the view; log handlers hold the old stream.
         for handler in logging.getLogger("foretune").handlers:
             if isinstance(handler, logging.StreamHandler) and (old := handler.setStream(sys.stderr)) is not None:
                 self._log_streams.append((handler, old))
-        return self
 
     def __exit__(self, kind: object, error: object, trace: object) -> None:
         if kind is not None:
@@ -145,6 +150,8 @@ class LiveView:
 
     def __call__(self, event: Mapping[str, Any]) -> None:
         self.state.update(event)
+        if not self._live.is_started:
+            self._start()
 
     def _draw(self) -> RenderableType:
         options = self._console.options
@@ -181,10 +188,7 @@ def _stage_line(stage: Stage, now: float, width: int, marks: Mapping[str, str]) 
 
 
 def _detail(stage: Stage) -> str:
-    detail = printable(stage.detail).replace("\n", " ")
-    if stage.status == "skipped":
-        return f"already done: {detail}" if detail else "already done"
-    return detail
+    return printable(stage.detail).replace("\n", " ")
 
 
 def _training(state: RoadState, width: int, ascii_only: bool) -> list[RenderableType]:

@@ -119,7 +119,7 @@ class RoadState:
             case EventKind.BREAKDOWN:
                 self.breakdown = dict(event.get("seconds_by_phase") or {})
             case EventKind.PREDICTED_AGAINST_MEASURED:
-                self.predicted_against_measured = {k: v for k, v in event.items() if isinstance(v, dict)}
+                self.predicted_against_measured = dict(event.get("quantities") or {})
 
     def stop(self) -> None:
         """The road ended before its end: whatever was running did not finish."""

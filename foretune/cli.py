@@ -1,0 +1,405 @@
+"""The command line: one verb a stage. Parse, call, print. No logic, and nothing heavy is imported before it is needed.
+
+Results go to stdout (as JSON with ``--json``), everything else to stderr. Exit codes are `foretune.__main__`'s.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from foretune.config import Config, load_config
+from foretune.config.load import all_keys
+from foretune.errors import UserError
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from foretune.pipeline import RunResult
+    from foretune.pipeline.road import StageName
+
+app = typer.Typer(
+    name="foretune",
+    help="Fine-tune a language model on DeepSpeed from two values, a model and a data file.\n\n"
+    "Example:  foretune run --model gpt2 --data examples.jsonl",
+    add_completion=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+ConfigFile = Annotated[Path | None, typer.Argument(metavar="CONFIG.yaml", help="Configuration; options win over it.")]
+Model = Annotated[str | None, typer.Option("--model", help="Hub id, folder or .gguf file.")]
+Data = Annotated[
+    list[str] | None, typer.Option("--data", help="File, folder, glob or hub data set; may be given several times.")
+]
+Out = Annotated[
+    Path | None, typer.Option("--out", help="Run folder; runs/MODEL-DATA-HASH if not given.", show_default=False)
+]
+Settings = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any key, as in --set train.learning_rate=1e-5.")
+]
+Method = Annotated[str | None, typer.Option("--method", help="full: train every weight; lora: low-rank adapters.")]
+Epochs = Annotated[float | None, typer.Option("--epochs", help="Passes over the data.")]
+Nproc = Annotated[int | None, typer.Option("--nproc", help="Ranks on this machine; one per GPU if not given.")]
+FromScratch = Annotated[bool | None, typer.Option("--from-scratch", help="Random weights in the model's shape.")]
+AllowNumerics = Annotated[
+    bool | None, typer.Option("--allow-numerics", help="Let the plan propose what changes numerics.")
+]
+Deterministic = Annotated[bool | None, typer.Option("--deterministic", help="Bit-identical repetition on a GPU.")]
+TrustRemoteCode = Annotated[
+    bool | None, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Write the result to stdout as JSON.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")]
+RunOrModel = Annotated[str, typer.Argument(metavar="RUN|MODEL", help="Run folder, or a model's folder or hub id.")]
+
+
+def _keys_text() -> str:
+    """Every key that --set takes, a paragraph for each section."""
+    sections: dict[str, list[str]] = {}
+    for key in all_keys():
+        section, _, name = key.partition(".")
+        sections.setdefault(section, []).extend([name] if name else [])
+    plain = ", ".join(section for section, names in sections.items() if not names)
+    lines = [f"{section}.{{{', '.join(names)}}}" for section, names in sections.items() if names]
+    return "\n\n".join(["Keys for --set and CONFIG.yaml:", plain, *lines])
+
+
+@app.command(epilog=_keys_text())
+def run(
+    *,
+    config: ConfigFile = None,
+    model: Model = None,
+    data: Data = None,
+    out: Out = None,
+    settings: Settings = None,
+    method: Method = None,
+    epochs: Epochs = None,
+    nproc: Nproc = None,
+    from_scratch: FromScratch = None,
+    allow_numerics: AllowNumerics = None,
+    deterministic: Deterministic = None,
+    trust_remote_code: TrustRemoteCode = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Go the whole road: prepare, plan, train, evaluate, export.
+
+    What is complete is skipped; after an interruption, run the same command again.
+
+    Example:  foretune run --model gpt2 --data examples.jsonl
+    """
+    wanted = _wanted(
+        config,
+        settings,
+        model=model,
+        data=data,
+        method=method,
+        epochs=epochs,
+        from_scratch=from_scratch,
+        allow_numerics=allow_numerics,
+        deterministic=deterministic,
+        trust_remote_code=trust_remote_code,
+    )
+    _travel(wanted, out, until="export", nproc=nproc, as_json=as_json, quiet=quiet)
+
+
+@app.command()
+def plan(
+    *,
+    config: ConfigFile = None,
+    model: Model = None,
+    data: Data = None,
+    hardware: Annotated[
+        str, typer.Option("--hardware", help="auto, or for example 8xH100-80GB, 2x8xA100-40GB, 1xRTX4090, 4xcpu.")
+    ] = "auto",
+    why: Annotated[bool, typer.Option("--why", help="Show every alternative, and where the memory goes.")] = False,
+    tokens: Annotated[int | None, typer.Option("--tokens", help="Tokens of one pass over the data.")] = None,
+    deepspeed_config: Annotated[
+        Path | None,
+        typer.Option("--deepspeed-config", metavar="FILE", help="Also write DeepSpeed's JSON; - is stdout."),
+    ] = None,
+    out: Out = None,
+    settings: Settings = None,
+    method: Method = None,
+    epochs: Epochs = None,
+    nproc: Nproc = None,
+    from_scratch: FromScratch = None,
+    allow_numerics: AllowNumerics = None,
+    trust_remote_code: TrustRemoteCode = None,
+    as_json: Json = False,
+) -> None:
+    """Decide how to train and say why: ZeRO stage, offload, micro-batch, memory, time. Nothing runs.
+
+    Example:  foretune plan --model Qwen/Qwen2.5-7B --hardware 2xA100-80GB
+    """
+    from foretune.pipeline import NO_DATA, plan_for
+    from foretune.reporting.tables import plan_view
+
+    wanted = _wanted(
+        config,
+        settings,
+        model=model,
+        data=data or ([NO_DATA] if config is None else None),
+        method=method,
+        epochs=epochs,
+        from_scratch=from_scratch,
+        allow_numerics=allow_numerics,
+        trust_remote_code=trust_remote_code,
+    )
+    made = plan_for(wanted, hardware=hardware, nproc=nproc, out=out, tokens=tokens)
+    if deepspeed_config is not None:
+        text = json.dumps(made.deepspeed_config, indent=2) + "\n"
+        if str(deepspeed_config) == "-":
+            typer.echo(text, nl=False)
+            return
+        _write(deepspeed_config, text)
+    if as_json:
+        typer.echo(made.model_dump_json(indent=2))
+    else:
+        _show(lambda width: [plan_view(made, why=why, width=width)])
+
+
+@app.command()
+def prepare(
+    *,
+    config: ConfigFile = None,
+    model: Model = None,
+    data: Data = None,
+    out: Out = None,
+    settings: Settings = None,
+    trust_remote_code: TrustRemoteCode = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Clean, template, tokenise and pack the data; print what was kept and what was dropped.
+
+    Example:  foretune prepare --model gpt2 --data examples.jsonl --out runs/first
+    """
+    wanted = _wanted(config, settings, model=model, data=data, trust_remote_code=trust_remote_code)
+    _travel(wanted, out, until="prepare", as_json=as_json, quiet=quiet)
+
+
+@app.command(epilog=_keys_text())
+def train(
+    *,
+    config: ConfigFile = None,
+    model: Model = None,
+    data: Data = None,
+    out: Out = None,
+    settings: Settings = None,
+    method: Method = None,
+    epochs: Epochs = None,
+    nproc: Nproc = None,
+    from_scratch: FromScratch = None,
+    allow_numerics: AllowNumerics = None,
+    deterministic: Deterministic = None,
+    trust_remote_code: TrustRemoteCode = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Prepare, plan and train; go on from the newest checkpoint if there is one.
+
+    Example:  foretune train --model gpt2 --data examples.jsonl --method lora --out runs/first
+    """
+    wanted = _wanted(
+        config,
+        settings,
+        model=model,
+        data=data,
+        method=method,
+        epochs=epochs,
+        from_scratch=from_scratch,
+        allow_numerics=allow_numerics,
+        deterministic=deterministic,
+        trust_remote_code=trust_remote_code,
+    )
+    _travel(wanted, out, until="train", nproc=nproc, as_json=as_json, quiet=quiet)
+
+
+@app.command()
+def evaluate(
+    what: RunOrModel,
+    data: Annotated[str | None, typer.Option("--data", help="Examples; a run's held-out ones if not given.")] = None,
+    task: Annotated[
+        list[str] | None, typer.Option("--task", help="Evaluation task; may be given several times.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Measure loss and perplexity, of a run base against tuned, with confidence intervals.
+
+    Example:  foretune evaluate runs/first --data test.jsonl
+    """
+    from foretune import pipeline
+    from foretune.reporting.tables import evaluation_view
+
+    report = pipeline.evaluate(what, data, tasks=task or ())
+    if as_json:
+        typer.echo(report.model_dump_json(indent=2))
+    else:
+        _show(lambda width: [evaluation_view(report, width=width)])
+
+
+@app.command()
+def export(
+    what: Annotated[str, typer.Argument(metavar="RUN", help="Run folder.")],
+    to: Annotated[
+        Path | None, typer.Option("--to", help="Folder to write; RUN/export if not given.", show_default=False)
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Write a run's newest checkpoint as a Hugging Face folder, verified against what training computed.
+
+    Example:  foretune export runs/first --to my-model
+    """
+    from foretune import pipeline
+    from foretune.artifacts import RunFolder
+
+    models = pipeline.export(what, to)
+    if as_json:
+        typer.echo(json.dumps([model.model_dump(mode="json") for model in models], indent=2))
+        return
+    for model in models:
+        tolerance = f"logits differ by {model.max_logit_difference:.2g}, {model.logit_tolerance:.2g} is allowed"
+        typer.echo(f"{to or RunFolder(Path(what)).export}  {model.kind}, step {model.step}, {model.dtype}; {tolerance}")
+
+
+@app.command()
+def serve(
+    what: RunOrModel,
+    host: Annotated[
+        str, typer.Option("--host", help="Address to listen on; any but loopback needs --api-key.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option("--port", help="Port to listen on.")] = 8000,
+    api_key: Annotated[str | None, typer.Option("--api-key", help="Key that every request must carry.")] = None,
+    engine: Annotated[str, typer.Option("--engine", help="auto, transformers or vllm.")] = "auto",
+) -> None:
+    """Serve over OpenAI-style HTTP: chat completions, completions, models, streaming.
+
+    Example:  foretune serve runs/first --port 8000
+    """
+    from foretune import pipeline
+
+    pipeline.serve(what, host=host, port=port, api_key=api_key, engine=engine)
+
+
+@app.command()
+def chat(what: RunOrModel) -> None:
+    """Talk to the model in this terminal.
+
+    Example:  foretune chat runs/first
+    """
+    from foretune import pipeline
+
+    pipeline.chat(what)
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """Say what is here, what is missing and what will hurt, each with the mend.
+
+    Example:  foretune doctor
+    """
+    from foretune.doctor import examine
+    from foretune.reporting.tables import findings_view
+
+    findings = examine()
+    if as_json:
+        typer.echo(json.dumps([finding.as_json() for finding in findings], indent=2))
+    else:
+        _show(lambda width: [findings_view(findings, width=width)])
+
+
+#: Options whose key has another name.
+_KEYS = {"epochs": "train.epochs", "deterministic": "train.deterministic"}
+
+
+def _wanted(config: Path | None, settings: list[str] | None, **options: Any) -> Config:
+    """The configuration that a file, --set and the named options ask for."""
+    data = options.pop("data")
+    options["data"] = data[0] if data and len(data) == 1 else data or None
+    flags = {_KEYS.get(name, name): value for name, value in options.items()}
+    return load_config(config, flags=flags, settings=settings or ())
+
+
+def _travel(
+    config: Config, out: Path | None, *, until: StageName, nproc: int | None = None, as_json: bool, quiet: bool
+) -> None:
+    """Go the road with a view on stderr, then print the result."""
+    from foretune.pipeline import STAGES, default_out, travel
+    from foretune.reporting.live import open_view
+
+    if nproc is not None and nproc < 1:
+        raise UserError("--nproc", nproc, "is not a number of ranks", "give 1 or more")
+    out = out or default_out(config)
+    names = [config.model, *(source.path for source in config.data.sources)]
+    title = " · ".join(Path(name).name for name in names) + f" → {out}"
+    with open_view(title=title, stages=STAGES[: STAGES.index(until) + 1], quiet=quiet) as view:
+        result = travel(config, out=out, nproc=nproc, until=until, on_event=view)
+    if as_json:
+        typer.echo(json.dumps(_result_json(result, until), indent=2, ensure_ascii=False))
+    else:
+        _show(lambda width: _result_view(result, until, width))
+
+
+def _result_json(result: RunResult, until: StageName) -> Any:
+    prepared = result.prepared.model_dump(mode="json")
+    if until == "prepare":
+        return prepared
+    return {
+        "out": str(result.out),
+        "prepared": prepared,
+        "plan": result.plan and result.plan.model_dump(mode="json"),
+        "checkpoint": result.checkpoint and str(result.checkpoint),
+        "loss": result.loss,
+        "evaluation": result.evaluation and result.evaluation.model_dump(mode="json"),
+        "exported": [model.model_dump(mode="json") for model in result.exported],
+        "seconds_by_phase": result.seconds_by_phase,
+        "predicted_against_measured": result.predicted_against_measured,
+    }
+
+
+def _result_view(result: RunResult, until: StageName, width: int) -> list[RenderableType]:
+    from foretune.reporting import tables
+
+    if until == "prepare":
+        return [tables.prepared_view(result.prepared, width=width), f"prepared: {result.out / 'data'}"]
+    parts: list[RenderableType] = []
+    if result.seconds_by_phase:
+        parts += ["", "[bold]where the time went[/]", tables.breakdown_view(result.seconds_by_phase, width=width)]
+    if result.predicted_against_measured:
+        parts += ["", "[bold]predicted against measured[/]", tables.predicted_view(result.predicted_against_measured)]
+    if result.evaluation is not None:
+        parts += ["", "[bold]held-out documents[/]", tables.evaluation_view(result.evaluation, width=width)]
+    parts.append("")
+    if until == "train":
+        parts.append(f"checkpoint: {result.checkpoint}\nnext: foretune export {result.out}")
+    else:
+        parts.append(f"run: {result.out}\nmodel: {result.out / 'export'}\nnext: foretune serve {result.out}")
+    return parts
+
+
+def _show(draw: Any) -> None:
+    """Print renderables on stdout. A pipe gets 100 columns and no colour."""
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console = Console(highlight=False, width=100, no_color=True)
+    for part in draw(console.width):
+        console.print(part, soft_wrap=isinstance(part, str))
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UserError(
+            "--deepspeed-config",
+            str(path),
+            f"can't be written ({error.strerror})",
+            "give a file in a folder that is yours",
+        ) from None

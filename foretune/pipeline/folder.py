@@ -1,0 +1,182 @@
+"""The run folder: its name, that it is ours alone, and that it never mixes two configurations.
+
+Config ─▶ `resolved` (paths absolute) ─▶ `default_out` (runs/MODEL-DATA-HASH) ─▶ `opened`: check, lock, write
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import glob
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from foretune.artifacts import RunFolder, write_atomically
+from foretune.config import Config, load_config, to_yaml
+from foretune.errors import UserError
+
+#: Keys that may change between two calls without changing what is trained, or on what.
+_FREE_KEYS = ("checkpoint", "evaluate.tasks", "data.num_proc", "trust_remote_code")
+#: Keys that may also change in a run that exists, as long as no checkpoint depends on them.
+_PLAN_KEYS = ("plan", "allow_numerics")
+_NAME_CHARACTERS = 40
+
+
+def resolved(config: Config) -> Config:
+    """The same configuration with local paths made absolute, so that it means the same from any folder."""
+    sources = [source.model_copy(update={"path": _absolute(source.path)}) for source in config.data.sources]
+    template = config.data.chat_template
+    data = config.data.model_copy(
+        update={"sources": sources, "chat_template": template if template is None else _absolute(template)}
+    )
+    return config.model_copy(update={"model": _absolute(config.model), "data": data})
+
+
+def default_out(config: Config) -> Path:
+    """The folder of a run that names none: the same for the same wishes, so that the same command goes on with it.
+
+    ``runs/MODEL-DATA-HASH``; the hash is over every key that changes what is trained or how it is planned.
+    """
+    config = resolved(config)
+    wishes = json.dumps(_flat(config, without=_FREE_KEYS), sort_keys=True)
+    digest = hashlib.sha256(wishes.encode()).hexdigest()[:6]
+    sources = config.data.sources
+    data = _slug(sources[0].path) + (f"+{len(sources) - 1}" if len(sources) > 1 else "")
+    return Path("runs") / f"{_slug(config.model)}-{data}-{digest}"
+
+
+@contextmanager
+def opened(run: RunFolder, config: Config) -> Iterator[bool]:
+    """Hold a run folder for one process. Yields whether it held a run of exactly this configuration before.
+
+    Raises:
+        UserError: (field ``--out``) it is a file, holds something else or a run of another configuration, is in use by
+            another process, or can't be written; also when space or permission runs out within the ``with``.
+    """
+    with _writable(run.path):
+        _refuse_foreign_folder(run.path)
+        before = load_config(run.config) if run.config.is_file() else None
+        if before is not None:
+            _refuse_other_wishes(run.path, before, config)
+        run.create()
+        with _locked(run.path):
+            if before != config:
+                write_atomically(run.config, to_yaml(config))
+            yield before is not None and _flat(before, without=_FREE_KEYS) == _flat(config, without=_FREE_KEYS)
+
+
+def _absolute(name: str) -> str:
+    """An absolute path for what is here; a hub id, or a path that is missing, stays as it was written."""
+    path = Path(name).expanduser()
+    if path.exists():
+        return str(path.resolve())
+    if glob.has_magic(name) and not path.is_absolute() and glob.glob(str(path), recursive=True):
+        return str(Path.cwd() / path)
+    return name
+
+
+def _slug(name: str) -> str:
+    """The part of a path or hub id that people call it by, fit for a folder name."""
+    last = name.rstrip("/").rpartition("/")[2]
+    last = re.sub(r"\.(gguf|jsonl?|csv|tsv|parquet|txt|gz)\b", "", last, flags=re.IGNORECASE)
+    return re.sub(r"[^\w.+-]+", "_", last).strip("_.-")[:_NAME_CHARACTERS] or "data"
+
+
+def _flat(config: Config, *, without: tuple[str, ...]) -> dict[str, Any]:
+    """Dotted key → value, without the named keys and sections."""
+    values: dict[str, Any] = {}
+
+    def add(prefix: str, section: Mapping[str, Any]) -> None:
+        for name, value in section.items():
+            key = prefix + name
+            if key in without:
+                continue
+            if isinstance(value, Mapping):
+                add(f"{key}.", value)
+            elif isinstance(value, list) and value and isinstance(value[0], Mapping):
+                for index, item in enumerate(value):
+                    add(f"{key}[{index}].", item)
+            else:
+                values[key] = value
+
+    add("", config.model_dump(mode="json"))
+    return values
+
+
+def _refuse_foreign_folder(out: Path) -> None:
+    if out.exists() and not out.is_dir():
+        raise UserError("--out", str(out), "is a file", "give a folder, new or of an earlier run")
+    if out.is_dir() and not RunFolder.is_run(out) and any(not path.name.startswith(".") for path in out.iterdir()):
+        raise UserError(
+            "--out", str(out), "is not empty and holds no run", f"give a new folder, for example --out {out / 'run'}"
+        )
+
+
+def _refuse_other_wishes(out: Path, before: Config, now: Config) -> None:
+    """A run folder goes on with what it began with; two configurations in one folder would mix their results."""
+    old, new = (_flat(config, without=_FREE_KEYS + _PLAN_KEYS) for config in (before, now))
+    changed = [
+        f"{key} was {old.get(key)!r}, is now {new.get(key)!r}"
+        for key in dict.fromkeys([*old, *new])
+        if old.get(key) != new.get(key)
+    ]
+    if changed:
+        more = f", and {len(changed) - 3} more" if len(changed) > 3 else ""
+        raise UserError(
+            "--out",
+            str(out),
+            f"holds a run of another configuration: {'; '.join(changed[:3])}{more}",
+            "give another --out, or delete that folder to begin anew",
+        )
+
+
+@contextmanager
+def _locked(out: Path) -> Iterator[None]:
+    """Keep a second process out. The kernel lets go of the lock when this process ends, however it ends."""
+    descriptor = os.open(out / ".lock", os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        owner = os.read(descriptor, 32).decode(errors="replace").strip() or "unknown"
+        os.close(descriptor)
+        raise UserError(
+            "--out", str(out), f"is in use by another foretune (process {owner})", "wait for it, or give another --out"
+        ) from None
+    try:
+        os.truncate(descriptor, 0)
+        os.write(descriptor, f"{os.getpid()}\n".encode())
+        yield
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def _writable(out: Path) -> Iterator[None]:
+    """What the file system refuses is the user's to mend."""
+    try:
+        yield
+    except OSError as error:
+        # Arrow raises OSError without errno and tells it in its text only.
+        if error.errno in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error):
+            raise UserError(
+                "--out", str(out), "there is no space left on its disk", "free some, or give an --out on another disk"
+            ) from error
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS) and _is_below(error.filename, out):
+            raise UserError(
+                "--out", str(out), f"can't be written ({error.strerror})", "give an --out that is yours to write"
+            ) from error
+        raise
+
+
+def _is_below(name: object, out: Path) -> bool:
+    """Whether an error's file is the run folder, in it, or a parent of it that had to be made."""
+    if not isinstance(name, str | bytes | os.PathLike):
+        return False
+    path = Path(os.fsdecode(name)).absolute()
+    return path == out.absolute() or out.absolute() in path.parents or path in out.absolute().parents

@@ -1,0 +1,354 @@
+"""The road: prepare ─▶ plan ─▶ train ─▶ evaluate ─▶ export. What is complete on disk is skipped, and that is said.
+
+In: a `Config` and a run folder.  Out: the artifact of every stage in that folder, and a `RunResult`.
+
+Stages meet in files, so any of them can be killed and the same call made again. No torch here: the stages that need it
+import it when their turn comes.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any, Literal, TypeVar
+
+from foretune import planning
+from foretune.artifacts import (
+    Checkpoint,
+    EvaluationReport,
+    ExportedModel,
+    Plan,
+    PreparedDataset,
+    RunFolder,
+    write_atomically,
+)
+from foretune.checkpoint import layout, store
+from foretune.config import Config
+from foretune.errors import UserError
+from foretune.events import EventKind, Journal, read_events
+from foretune.model.source import resolve_model
+from foretune.pipeline.folder import default_out, opened, resolved
+from foretune.reporting.tables import evaluation_summary, plan_summary, prepared_summary
+from foretune.reporting.units import bytes_text, loss_text
+
+StageName = Literal["prepare", "plan", "train", "evaluate", "export"]
+STAGES: tuple[StageName, ...] = ("prepare", "plan", "train", "evaluate", "export")
+
+A = TypeVar("A", PreparedDataset, Plan, Checkpoint)
+
+#: Called with every event that is written to the journal.
+EventSink = Callable[[Mapping[str, Any]], None]
+
+#: What a checkpoint can't be carried over: the engine's files are cut for it, or the mathematics would change midway.
+_TIED = (
+    "zero_stage",
+    "world_size",
+    "precision",
+    "method",
+    "global_batch_size",
+    "max_length",
+    "total_steps",
+    "learning_rate",
+)
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a run left behind; the later ones are None where the road was asked to end before them."""
+
+    out: Path
+    prepared: PreparedDataset
+    plan: Plan | None = None
+    checkpoint: Path | None = None
+    loss: float | None = None  # of the last step, nats per target token
+    evaluation: EvaluationReport | None = None
+    exported: tuple[ExportedModel, ...] = ()
+    seconds_by_phase: Mapping[str, float] | None = None
+    predicted_against_measured: Mapping[str, Mapping[str, float]] | None = None
+
+
+def travel(
+    config: Config,
+    *,
+    out: Path | None = None,
+    nproc: int | None = None,
+    until: StageName = "export",
+    on_event: EventSink = lambda event: None,
+) -> RunResult:
+    """Go the road up to and including the stage `until`.
+
+    Args:
+        config: what is wanted.
+        out: the run folder; `default_out` if not given. One that holds a run of the same configuration is gone on with.
+        nproc: ranks on this machine; one per GPU, or as planned for a CPU, if not given.
+        on_event: called with every event of the journal as it is written.
+
+    Raises:
+        ForetuneError: see `foretune.errors`. The same call goes on where it ended.
+    """
+    config = resolved(config)
+    run = RunFolder(out or default_out(config))
+    last = STAGES.index(until)
+    with opened(run, config) as same_wishes, _journal(run) as journal:
+        road = _Road(run, config, nproc=nproc, same_wishes=same_wishes, journal=journal, on_event=on_event)
+        model, prepared = road.prepare()
+        if last < STAGES.index("plan"):
+            return RunResult(run.path, prepared)
+        plan = road.plan(model, prepared)
+        if last < STAGES.index("train"):
+            return RunResult(run.path, prepared, plan)
+        checkpoint = road.train(plan, prepared)
+        evaluation = road.evaluate(prepared, checkpoint) if last >= STAGES.index("evaluate") else None
+        exported = road.export(checkpoint) if last >= STAGES.index("export") else ()
+        return RunResult(run.path, prepared, plan, checkpoint, road.loss(), evaluation, exported, *road.account())
+
+
+class _Road:
+    """The stages of one run. Each looks at what is on disk, does what is missing, and tells the journal."""
+
+    def __init__(
+        self,
+        run: RunFolder,
+        config: Config,
+        *,
+        nproc: int | None,
+        same_wishes: bool,
+        journal: Journal,
+        on_event: EventSink,
+    ) -> None:
+        self.run, self.config, self.nproc, self.same_wishes = run, config, nproc, same_wishes
+        self.journal, self.on_event = journal, on_event
+        self.data_reused = False
+        self.tell(EventKind.RUN_STARTED, out=str(run.path), versions=_versions())
+
+    def tell(self, kind: EventKind, **payload: Any) -> None:
+        """Write an event to the journal and hand it to whoever watches."""
+        self.on_event(self.journal.write(kind, **payload))
+
+    def prepare(self) -> tuple[Path, PreparedDataset]:
+        """Find the model (fetch or convert it if need be), clean and pack the data."""
+        from foretune.data import prepare
+
+        def say(message: str) -> None:
+            self.tell(EventKind.PROGRESS, stage="prepare", message=message)
+
+        before = _read(PreparedDataset, self.run.data)
+        with self._stage("prepare") as done:
+            say(f"finding {self.config.model}")
+            model = resolve_model(
+                self.config.model,
+                run_model_folder=self.run.model,
+                trust_remote_code=self.config.trust_remote_code,
+                weights=not self.config.from_scratch,
+            )
+            prepared = prepare(self.config, model_folder=model, out=self.run.data, on_progress=say)
+            self.data_reused = before is not None and before.fingerprint == prepared.fingerprint
+            done(prepared_summary(prepared), skipped=self.data_reused)
+        for note in prepared.notes if not self.data_reused else ():
+            self.tell(EventKind.NOTE, message=note)
+        return model, prepared
+
+    def plan(self, model: Path, prepared: PreparedDataset) -> Plan:
+        with self._stage("plan") as done:
+            cluster = planning.probe(self.nproc)
+            plan = self._plan_on_disk(model, cluster)
+            if plan is not None:
+                done(plan_summary(plan), skipped=True)
+                return plan
+            plan = planning.make_plan(self.config, model_folder=model, cluster=cluster, prepared=prepared)
+            self._refuse_other_plan(plan)
+            self._refuse_small_disk(plan)
+            write_atomically(self.run.deepspeed_config, json.dumps(plan.deepspeed_config, indent=2) + "\n")
+            plan.write(self.run.plan)
+            done(plan_summary(plan))
+            return plan
+
+    def train(self, plan: Plan, prepared: PreparedDataset) -> Path:
+        """Train to the last step of the plan; returns the last checkpoint."""
+        from foretune import launch
+
+        newest = self._newest_manifest()
+        if newest is not None and newest.fingerprint != prepared.fingerprint:
+            raise UserError(
+                "data",
+                self.config.data.sources[0].path,
+                f"has changed since training began (the checkpoint of step {newest.step} is of other documents)",
+                "give another --out, or put the old file back",
+            )
+        found = store.newest_complete(self.run.checkpoints)
+        if found is not None and found[1].step >= plan.total_steps:
+            self.tell(EventKind.STAGE_SKIPPED, stage="train", reason=f"already done: {found[1].step} steps")
+            return found[0]
+        with self._stage("train", planned_memory_bytes=plan.predicted.gpu_memory_bytes) as done:
+            began = self.run.events.stat().st_size
+            launch.train(self.run, plan, on_event=self.on_event)
+            found = store.newest_complete(self.run.checkpoints)
+            assert found is not None, "training ended well and left no checkpoint"
+            self._compare_with(plan, began)
+            loss = self.loss()
+            done(f"{found[1].step} steps" + ("" if loss is None else f" · loss {loss_text(loss)}"))
+        return found[0]
+
+    def evaluate(self, prepared: PreparedDataset, checkpoint: Path) -> EvaluationReport | None:
+        if prepared.validation_documents == 0:
+            self.tell(EventKind.STAGE_SKIPPED, stage="evaluate", reason="no documents were held out")
+            return None
+        if _newer(self.run.evaluation, checkpoint / layout.MANIFEST):
+            report = EvaluationReport.read(self.run.evaluation)
+            self.tell(EventKind.STAGE_SKIPPED, stage="evaluate", reason=f"already done: {evaluation_summary(report)}")
+            return report
+        from foretune.evaluation import evaluate_run
+
+        with self._stage("evaluate") as done:
+            report = evaluate_run(self.run, self.config, data=None, tasks=self.config.evaluate.tasks)
+            done(evaluation_summary(report))
+        return report
+
+    def export(self, checkpoint: Path) -> tuple[ExportedModel, ...]:
+        step = Checkpoint.read(checkpoint / layout.MANIFEST).step
+        there = exported_models(self.run.export)
+        if there and all(model.step == step for model in there):
+            self.tell(EventKind.STAGE_SKIPPED, stage="export", reason=f"already done: {self.run.export}")
+            return there
+        from foretune.exporting import export_run
+
+        with self._stage("export") as done:
+            exported = export_run(self.run, to=self.run.export)
+            worst = max(model.max_logit_difference for model in exported)
+            done(f"{self.run.export} · verified, logits differ by at most {worst:.1g}")
+        return tuple(exported)
+
+    def loss(self) -> float | None:
+        """The loss of the newest step in the journal."""
+        losses = [event["loss"] for event in read_events(self.run.events) if event["kind"] == EventKind.STEP]
+        return float(losses[-1]) if losses else None
+
+    def account(self) -> tuple[dict[str, float] | None, dict[str, dict[str, float]] | None]:
+        """Where the time went, and predicted against measured, as the journal last told them."""
+        phases, compared = None, None
+        for event in read_events(self.run.events):
+            if event["kind"] == EventKind.BREAKDOWN:
+                phases = event["seconds_by_phase"]
+            elif event["kind"] == EventKind.PREDICTED_AGAINST_MEASURED:
+                compared = event["quantities"]
+        return phases, compared
+
+    @contextmanager
+    def _stage(self, name: StageName, **payload: Any) -> Iterator[Callable[..., None]]:
+        """Tell the start and the end of a stage. The caller calls what it is given with the summary when it is done."""
+        self.tell(EventKind.STAGE_STARTED, stage=name, **payload)
+        start = time.perf_counter()
+
+        def done(summary: str, *, skipped: bool = False) -> None:
+            if skipped:
+                self.tell(EventKind.STAGE_SKIPPED, stage=name, reason=f"already done: {summary}")
+            else:
+                seconds = round(time.perf_counter() - start, 3)
+                self.tell(EventKind.STAGE_FINISHED, stage=name, seconds=seconds, summary=summary)
+
+        yield done
+
+    def _plan_on_disk(self, model: Path, cluster: Any) -> Plan | None:
+        """The plan this run already has, if nothing that it was made from has changed.
+
+        The memory that happens to be free is not compared: a run that began with a plan ends with it.
+        """
+        plan = _read(Plan, self.run.path)
+        if plan is None or not (self.same_wishes and self.data_reused):
+            return None
+        same_place = (plan.cluster.world_size, plan.cluster.accelerator.name) == (
+            cluster.world_size,
+            cluster.accelerator.name,
+        )
+        return plan if same_place and plan.model == str(model) else None
+
+    def _refuse_other_plan(self, plan: Plan) -> None:
+        """A training that has begun is not carried over to a plan that its checkpoints don't fit."""
+        before = _read(Plan, self.run.path)
+        if before is None or self._newest_manifest() is None:
+            return
+        changed = [key for key in _TIED if getattr(before, key) != getattr(plan, key)]
+        if changed:
+            key = changed[0]
+            raise UserError(
+                "--nproc" if key == "world_size" else f"plan.{key}",
+                getattr(plan, key),
+                f"the checkpoints in {self.run.path} were made with {getattr(before, key)}",
+                "give another --out, or go on with the command that began this run",
+            )
+
+    def _refuse_small_disk(self, plan: Plan) -> None:
+        """Say now that the disk is too small, not at the first checkpoint."""
+        used = sum(path.stat().st_size for path in self.run.checkpoints.rglob("*") if path.is_file())
+        free = shutil.disk_usage(self.run.path).free
+        if plan.predicted.disk_bytes > free + used:
+            raise UserError(
+                "--out",
+                str(self.run.path),
+                f"checkpoints and export need {bytes_text(plan.predicted.disk_bytes)}, {bytes_text(free)} are free",
+                "free some, give an --out on another disk, or set checkpoint.keep to 1",
+            )
+
+    def _newest_manifest(self) -> Checkpoint | None:
+        steps = layout.complete_steps(self.run.checkpoints)
+        return _read(Checkpoint, layout.folder_of(self.run.checkpoints, steps[0])) if steps else None
+
+    def _compare_with(self, plan: Plan, began: int) -> None:
+        """Tell what the plan predicted against what this launch measured (journal from byte `began` on)."""
+        events = list(read_events(self.run.events, offset=began))
+        steps = [event for event in events if event["kind"] == EventKind.STEP]
+        saved = [event for event in events if event["kind"] == EventKind.CHECKPOINT_SAVED]
+        if not steps:
+            return
+        settled = steps[1:] or steps  # the first step pays for warming up
+        measured = {
+            "gpu_memory_bytes": max(event["memory_bytes"] for event in steps),
+            "step_seconds": median(event["seconds"] for event in settled),
+            "tokens_per_second": median(event["tokens_per_second"] for event in settled),
+        }
+        if saved:
+            measured["checkpoint_bytes"] = saved[-1]["bytes"]
+        quantities = {
+            name: {"predicted": getattr(plan.predicted, name), "measured": value} for name, value in measured.items()
+        }
+        self.tell(EventKind.PREDICTED_AGAINST_MEASURED, quantities=quantities)
+
+
+def exported_models(folder: Path) -> tuple[ExportedModel, ...]:
+    """The verified models in an export folder: itself, or one in each of its folders."""
+    manifests = [folder / ExportedModel.file_name, *sorted(folder.glob(f"*/{ExportedModel.file_name}"))]
+    return tuple(ExportedModel.read(path) for path in manifests if path.is_file())
+
+
+@contextmanager
+def _journal(run: RunFolder) -> Iterator[Journal]:
+    journal = Journal(run.events)
+    try:
+        yield journal
+    finally:
+        journal.close()
+
+
+def _read(kind: type[A], folder: Path) -> A | None:
+    """An artifact that may be missing or damaged; then its stage makes it again."""
+    try:
+        return kind.read(folder / kind.file_name)
+    except UserError:
+        return None
+
+
+def _newer(path: Path, than: Path) -> bool:
+    return path.is_file() and path.stat().st_mtime_ns >= than.stat().st_mtime_ns
+
+
+def _versions() -> dict[str, str]:
+    """Versions of what decides the numbers, for the journal."""
+    names = ("foretune", "torch", "deepspeed", "transformers", "peft", "datasets")
+    return {name: importlib.metadata.version(name) for name in names}

@@ -1,0 +1,250 @@
+"""The verbs as functions: what ``import foretune`` offers, and what the command line calls.
+
+    foretune.run(model="gpt2", data="examples.jsonl", method="lora", train={"epochs": 2})
+
+Keys of the configuration are keyword arguments; a section is a mapping. All raise `foretune.errors.ForetuneError`.
+"""
+
+from __future__ import annotations
+
+import glob
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from foretune import planning
+from foretune.artifacts import EvaluationReport, ExportedModel, Plan, PreparedDataset, RunFolder
+from foretune.checkpoint import layout
+from foretune.config import Config, load_config
+from foretune.errors import UserError
+from foretune.model.source import default_cache, resolve_model
+from foretune.pipeline.folder import default_out, resolved
+from foretune.pipeline.road import EventSink, RunResult, exported_models, travel
+from foretune.planning.shapes import known_shape
+
+_PathLike = str | Path
+
+#: Stands for the data in a plan that is asked for a model alone.
+NO_DATA = "no-data-given"
+
+#: English in UTF-8 with a vocabulary of 32k to 150k has about 4 bytes a token; GSM8K's JSON has 4.2 with SmolLM2's.
+BYTES_PER_TOKEN = 4
+
+
+def run(
+    model: str | None = None,
+    data: Any = None,
+    *,
+    config: _PathLike | None = None,
+    out: _PathLike | None = None,
+    nproc: int | None = None,
+    on_event: EventSink = lambda event: None,
+    **keys: Any,
+) -> RunResult:
+    """Go the whole road: prepare, plan, train, evaluate, export. Calling it again goes on where it ended.
+
+    Args:
+        model: hub id, folder or .gguf file.
+        data: file, folder, glob, hub data set, or a list of such or of ``{path, weight, format}``.
+        config: YAML file; the other arguments win over it.
+        out: run folder; derived from the configuration if not given.
+        nproc: ranks; one per GPU if not given.
+        on_event: called with every event of the journal.
+        keys: any other key of the configuration; a section is a mapping.
+    """
+    wanted = _config(config, model=model, data=data, keys=keys)
+    return travel(wanted, out=_path(out), nproc=nproc, on_event=on_event)
+
+
+def train(
+    model: str | None = None,
+    data: Any = None,
+    *,
+    config: _PathLike | None = None,
+    out: _PathLike | None = None,
+    nproc: int | None = None,
+    on_event: EventSink = lambda event: None,
+    **keys: Any,
+) -> RunResult:
+    """As `run`, ending with the last checkpoint."""
+    wanted = _config(config, model=model, data=data, keys=keys)
+    return travel(wanted, out=_path(out), nproc=nproc, until="train", on_event=on_event)
+
+
+def prepare(
+    model: str | None = None,
+    data: Any = None,
+    *,
+    config: _PathLike | None = None,
+    out: _PathLike | None = None,
+    on_event: EventSink = lambda event: None,
+    **keys: Any,
+) -> PreparedDataset:
+    """Clean, template, tokenise and pack the data into ``out/data``; says what was kept and what was dropped."""
+    wanted = _config(config, model=model, data=data, keys=keys)
+    return travel(wanted, out=_path(out), until="prepare", on_event=on_event).prepared
+
+
+def plan(
+    model: str | None = None,
+    data: Any = None,
+    *,
+    config: _PathLike | None = None,
+    hardware: str = "auto",
+    nproc: int | None = None,
+    out: _PathLike | None = None,
+    tokens: int | None = None,
+    **keys: Any,
+) -> Plan:
+    """Decide how to train, with a reason for every choice; nothing runs and nothing is written.
+
+    Args:
+        hardware: ``auto`` looks at this machine; or for example ``8xH100-80GB``, ``2x8xA100-40GB``, ``4xcpu``.
+        out: a run folder whose prepared data the plan is made for, where there is some.
+        tokens: of one pass over the data, where it is not prepared yet.
+    """
+    wanted = _config(config, model=model, data=NO_DATA if data is None and config is None else data, keys=keys)
+    return plan_for(wanted, hardware=hardware, nproc=nproc, out=_path(out), tokens=tokens)
+
+
+def plan_for(
+    config: Config,
+    *,
+    hardware: str = "auto",
+    nproc: int | None = None,
+    out: Path | None = None,
+    tokens: int | None = None,
+) -> Plan:
+    """As `plan`, for a `Config`."""
+    if hardware != "auto" and nproc is not None:
+        raise UserError("--nproc", nproc, "can't be given together with --hardware", "write the ranks into --hardware")
+    cluster = planning.probe(nproc) if hardware == "auto" else planning.parse_hardware(hardware)
+    config = resolved(config)
+    folder = RunFolder(out or default_out(config))
+    manifest = folder.data / PreparedDataset.file_name
+    prepared = PreparedDataset.read(manifest) if manifest.is_file() and tokens is None else None
+    if prepared is None and tokens is None:
+        tokens = estimated_tokens(config)
+    return planning.make_plan(
+        config, model_folder=_described_model(config), cluster=cluster, prepared=prepared, tokens=tokens
+    )
+
+
+def estimated_tokens(config: Config) -> int | None:
+    """Tokens of local data that is not prepared yet, from the bytes of its files; None if there are none here."""
+    total = 0
+    for source in config.data.sources:
+        path = Path(source.path)
+        files = (
+            [Path(name) for name in glob.glob(source.path, recursive=True)] if glob.has_magic(source.path) else [path]
+        )
+        files = [inner for file in files for inner in (sorted(file.rglob("*")) if file.is_dir() else [file])]
+        total += sum(file.stat().st_size for file in files if file.is_file())
+    return round(total / BYTES_PER_TOKEN) or None
+
+
+def evaluate(what: _PathLike, data: str | None = None, *, tasks: Sequence[str] = ()) -> EvaluationReport:
+    """Loss and perplexity: of a run, base against tuned, on its held-out documents or `data`; of a model, on `data`."""
+    path = Path(what).expanduser()
+    if RunFolder.is_run(path):
+        from foretune.evaluation import evaluate_run
+
+        folder = RunFolder(path)
+        _require_checkpoint(folder)
+        config = load_config(folder.config)
+        return evaluate_run(folder, config, data=data, tasks=list(tasks) or config.evaluate.tasks)
+    model = _model_folder(str(what))
+    if data is None:
+        raise UserError("--data", None, "is required to evaluate a model", "give a file of examples: --data FILE")
+    from foretune.evaluation import evaluate_model
+
+    return evaluate_model(model, data=data)
+
+
+def export(what: _PathLike, to: _PathLike | None = None) -> list[ExportedModel]:
+    """Write a run's newest checkpoint as a verified Hugging Face folder; ``RUN/export`` if `to` is not given."""
+    path = Path(what).expanduser()
+    if not RunFolder.is_run(path):
+        raise UserError(
+            "RUN", str(what), "is no run folder (it has no config.yaml)", "give the --out of a `foretune run`"
+        )
+    folder = RunFolder(path)
+    _require_checkpoint(folder)
+    from foretune.exporting import export_run
+
+    return export_run(folder, to=_path(to) or folder.export)
+
+
+def serve(
+    what: _PathLike, *, host: str = "127.0.0.1", port: int = 8000, api_key: str | None = None, engine: str = "auto"
+) -> None:
+    """Serve a run's export or a model folder over OpenAI-style HTTP; returns when it is stopped."""
+    from foretune.serving import serve as serve_folder
+
+    serve_folder(served_folder(what), host=host, port=port, api_key=api_key, engine=engine)
+
+
+def chat(what: _PathLike) -> None:
+    """Talk to a run's export or a model folder in the terminal."""
+    from foretune.serving import chat as chat_with
+
+    chat_with(served_folder(what))
+
+
+def served_folder(what: _PathLike) -> Path:
+    """The folder that is served for a run (its export; merged, where there is an adapter too) or for a model."""
+    path = Path(what).expanduser()
+    if not RunFolder.is_run(path):
+        return _model_folder(str(what))
+    exports = RunFolder(path).export
+    if not exported_models(exports):
+        raise UserError("RUN", str(what), "has no export yet", f"run `foretune export {what}` first")
+    for folder in (exports, exports / "merged"):
+        if (folder / "config.json").is_file():
+            return folder
+    raise UserError("RUN", str(what), "has only an adapter exported", f"export it merged: `foretune export {what}`")
+
+
+def _config(path: _PathLike | None, *, model: str | None, data: Any, keys: dict[str, Any]) -> Config:
+    flags = {"model": model, "data": str(data) if isinstance(data, Path) else data, **keys}
+    return load_config(
+        _path(path), flags={key: value for name, item in flags.items() for key, value in _dotted(name, item)}
+    )
+
+
+def _dotted(name: str, value: Any) -> list[tuple[str, Any]]:
+    """``train={"epochs": 2}`` as dotted keys, so that a section adds to the file's instead of replacing it."""
+    if name == "data" or not isinstance(value, dict):
+        return [(name, str(value) if isinstance(value, Path) else value)]
+    return [(f"{name}.{key}", item) for key, item in value.items()]
+
+
+def _path(value: _PathLike | None) -> Path | None:
+    return None if value is None else Path(value).expanduser()
+
+
+def _described_model(config: Config) -> Path | str:
+    """What a plan needs of a model: its config.json, or only its name where that is a well-known one and not here."""
+    if not Path(config.model).exists() and known_shape(config.model) is not None:
+        return config.model
+    return _model_folder(config.model, weights=False, trust_remote_code=config.trust_remote_code)
+
+
+def _model_folder(name: str, *, weights: bool = True, trust_remote_code: bool = False) -> Path:
+    """The folder of a model that belongs to no run."""
+    return resolve_model(
+        name,
+        run_model_folder=default_cache() / "by-name" / Path(name).stem,
+        weights=weights,
+        trust_remote_code=trust_remote_code,
+    )
+
+
+def _require_checkpoint(folder: RunFolder) -> None:
+    if not layout.complete_steps(folder.checkpoints):
+        raise UserError(
+            "RUN",
+            str(folder.path),
+            "has no checkpoint",
+            f"train it first: foretune train {folder.config} --out {folder.path}",
+        )
