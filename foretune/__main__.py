@@ -54,7 +54,9 @@ def execute(words: Sequence[str]) -> None:
     import typer
 
     from foretune.cli import app
+    from foretune.logger import configure
 
+    configure()
     words = list(words) or ["-h"]
     command = typer.main.get_command(app)
     # What typer raises for a command line it can't read: the parent of the one usage error that it makes public.
@@ -110,7 +112,9 @@ def _report_bug(error: Exception, words: Sequence[str]) -> ExitCode:
 def _usage_fault(error: Exception, words: Sequence[str], verbs: Sequence[str]) -> UserError:
     """What typer could not read, in the form of every other mistake."""
     context = getattr(error, "ctx", None)
-    path = getattr(context, "command_path", "foretune")
+    path = getattr(context, "command_path", None) or " ".join(
+        ["foretune", *(word for word in words[:1] if word in verbs)]
+    )
     message = _in_a_sentence(str(getattr(error, "message", error)))
     if message.startswith("no such command"):
         verb = next((word for word in words if not word.startswith("-")), "")

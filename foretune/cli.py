@@ -287,14 +287,22 @@ def serve(
 
 
 @app.command()
-def chat(what: RunOrModel) -> None:
+def chat(
+    what: RunOrModel,
+    prompt: Annotated[str | None, typer.Option("--prompt", help="Answer this and end.")] = None,
+    system: Annotated[str | None, typer.Option("--system", help="System message.")] = None,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", help="Longest answer.")] = 512,
+    temperature: Annotated[
+        float | None, typer.Option("--temperature", help="0 is greedy; the model's own way if not given.")
+    ] = None,
+) -> None:
     """Talk to the model in this terminal.
 
     Example:  foretune chat runs/first
     """
     from foretune import pipeline
 
-    pipeline.chat(what)
+    pipeline.chat(what, prompt=prompt, system=system, max_new_tokens=max_new_tokens, temperature=temperature)
 
 
 @app.command()

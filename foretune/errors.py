@@ -53,7 +53,8 @@ class UserError(ForetuneError):
         super().__init__(f"{field}: {problem}")
 
     def __str__(self) -> str:
-        return f"{self.field} = {self.value!r}: {self.problem}\n  mend: {self.mend}"
+        given = "" if self.value is None else f" = {self.value!r}"
+        return f"{self.field}{given}: {self.problem}\n  mend: {self.mend}"
 
     def __reduce__(self) -> tuple[type[UserError], tuple[str, object, str, str]]:  # crosses process pools whole
         return type(self), (self.field, self.value, self.problem, self.mend)
@@ -98,7 +99,9 @@ class MachineFault(ForetuneError):
 
     def __init__(self, cause: str, *, rank: int | None = None, step: int | None = None) -> None:
         self.cause, self.rank, self.step = cause, rank, step
-        where = "".join([f" on rank {rank}" if rank is not None else "", f" at step {step}" if step is not None else ""])
+        where = "".join(
+            [f" on rank {rank}" if rank is not None else "", f" at step {step}" if step is not None else ""]
+        )
         super().__init__(f"{cause}{where}")
 
 

@@ -184,11 +184,18 @@ def serve(
     serve_folder(served_folder(what), host=host, port=port, api_key=api_key, engine=engine)
 
 
-def chat(what: _PathLike) -> None:
-    """Talk to a run's export or a model folder in the terminal."""
+def chat(
+    what: _PathLike,
+    *,
+    prompt: str | None = None,
+    system: str | None = None,
+    max_new_tokens: int = 512,
+    temperature: float | None = None,
+) -> None:
+    """Talk to a run's export or a model folder in the terminal; with `prompt`, answer that alone."""
     from foretune.serving import chat as chat_with
 
-    chat_with(served_folder(what))
+    chat_with(served_folder(what), prompt=prompt, system=system, max_new_tokens=max_new_tokens, temperature=temperature)
 
 
 def served_folder(what: _PathLike) -> Path:

@@ -191,6 +191,34 @@ def predicted_view(quantities: Mapping[str, Mapping[str, float]]) -> RenderableT
     return _indented(table)
 
 
+_FINDING_MARKS = {"good": ("✓", "green"), "note": ("!", "yellow"), "bad": ("✗", "bold red")}
+
+
+def findings_view(findings: Iterable[tuple[str, str, str, str, str]], *, width: int = 80) -> RenderableType:
+    """What the doctor found. A finding is (level, name, value, meaning, mend); those that need care tell the mend."""
+    table = Table.grid(padding=(0, 2, 0, 0))
+    table.add_column(width=1)
+    table.add_column(overflow="fold")
+    table.add_column(overflow="fold")
+    lines: list[RenderableType] = []
+    wide = width >= _WIDE
+    if wide:
+        table.add_column(ratio=1)
+    for level, name, value, meaning, mend in findings:
+        mark, style = _FINDING_MARKS[level]
+        explained = Text(printable(meaning), style="dim")
+        if mend:
+            explained.append(f"{'; ' if meaning else ''}mend: {printable(mend)}", style=style)
+        head = Text(mark, style=style)
+        if wide:
+            table.add_row(head, Text(name), Text(printable(value), style="bold"), explained)
+            continue
+        lines.append(Text.assemble((mark, style), f" {name}  ", (printable(value), "bold")))
+        if explained:
+            lines.append(_indented(explained))
+    return table if wide else Group(*lines)
+
+
 def facts(rows: Iterable[Fact], width: int) -> RenderableType:
     """Rows of (what, value, remark), the remark beside them on a wide screen and below on a narrow one."""
     rows = [(printable(what), printable(value), printable(remark)) for what, value, remark in rows]
