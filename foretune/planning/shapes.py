@@ -11,7 +11,7 @@ from typing import Any
 
 from foretune.model.shape import ModelShape, shape_of
 
-#: hidden, layers, heads, key-value heads, intermediate, vocabulary, context; then what differs from the family's default
+#: hidden, layers, heads, key-value heads, intermediate, vocabulary, context; then what the family's default is not
 _Row = tuple[int, int, int, int, int, int, int, dict[str, Any]]
 _TIED: dict[str, Any] = {"tie_word_embeddings": True}
 _UNTIED: dict[str, Any] = {"tie_word_embeddings": False}

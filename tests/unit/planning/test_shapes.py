@@ -85,7 +85,7 @@ PUBLISHED = {
     "phi-4": 14_659_507_200,
     "phi-4-mini": 3_836_021_760,
 }
-#: Models that also see: the published total less their vision tower (SigLIP, 416,866,032) and its projector (1152 h + 1152).
+#: Models that also see: the published total, less the vision tower (SigLIP, 416,866,032) and projector (1152 h + 1152).
 SEEING = {
     "gemma-3-4b": (4_300_079_472, 2560),
     "gemma-3-12b": (12_187_325_040, 3840),
