@@ -3,7 +3,7 @@
 RUN/export ──▶ `serve`: engine (transformers serve or vLLM) behind a thin front     ──▶ http://127.0.0.1:8000/v1
            ──▶ `chat`: in this process, streamed to the terminal
 
-Read on: server.py (the order of things), front.py (what is let through), engines.py (what answers), chat.py.
+Read on: server.py (the order of things), front.py (what is let through), engines.py (what answers), terminal.py.
 Loaded on first use: the processes below a server import this package too, and need none of it.
 """
 
@@ -13,12 +13,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from foretune.serving.chat import chat
+    from foretune.serving.terminal import chat
     from foretune.serving.server import running_server, serve
 
 __all__ = ["chat", "running_server", "serve"]
 
-_WHERE = {"chat": "chat", "serve": "server", "running_server": "server"}
+_WHERE = {"chat": "terminal", "serve": "server", "running_server": "server"}
 
 
 def __getattr__(name: str) -> Any:

@@ -159,7 +159,7 @@ def fold(chunks: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
                 message["reasoning_content"] = message.get("reasoning_content", "") + delta["reasoning_content"]
             for call in delta.get("tool_calls") or []:  # the engine sends each call whole, in one chunk
                 message.setdefault("tool_calls", []).append({key: call[key] for key in call if key != "index"})
-    if not whole or choice["finish_reason"] is None:
+    if choice["finish_reason"] is None:
         raise Refusal(502, "the engine ended its answer half-way", code="engine_error")
     if is_chat:
         choice["message"] = message

@@ -9,6 +9,7 @@ Whoever holds the port says what is wrong before a model of many gigabytes is lo
 from __future__ import annotations
 
 import contextlib
+import errno
 import importlib.util
 import ipaddress
 import signal
@@ -182,20 +183,24 @@ def _listening(app: Any, listener: socket.socket) -> Iterator[threading.Thread]:
 
 
 def _listen(host: str, port: int) -> socket.socket:
+    if not 0 <= port <= 65_535:  # getaddrinfo would take it modulo 65,536 without a word
+        raise UserError("--port", port, "is no port", "give one from 1 to 65535, or 0 for a free one")
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
-    except (OSError, OverflowError) as error:
+    except (OSError, UnicodeError) as error:
         raise UserError("--host", host, f"can't be listened on: {error}", "give an address of this machine") from None
     listener = socket.socket(family, kind, protocol)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a restart must not wait for old connections
         listener.bind(address)
         listener.listen(2048)  # at once: two sockets that only bind can both hold the same port
-    except (OSError, OverflowError) as error:
+    except OSError as error:
         listener.close()
-        reason = error.strerror.lower() if isinstance(error, OSError) and error.strerror else str(error)
+        reason = (error.strerror or str(error)).lower()
+        if error.errno == errno.EADDRNOTAVAIL:
+            raise UserError("--host", host, f"can't be had: {reason}", "give an address of this machine") from None
         raise UserError(
             "--port", port, f"{host}:{port} can't be had: {reason}", "stop what holds it, or give another --port"
         ) from None

@@ -142,9 +142,7 @@ def make_front(engine: Path, *, api_key: str | None = None, hosts: list[str] | N
         folder=Path("/nowhere"), name="tuned", tokenizer=WordTokenizer(), context_length=CONTEXT, vocab_size=50,
         generation={"eos_token_id": 7},
     )  # fmt: skip
-    front = Front(
-        model, TransformersDialect(), socket=engine, api_key=api_key, max_request_bytes=LIMIT, hosts=hosts
-    )
+    front = Front(model, TransformersDialect(), socket=engine, api_key=api_key, max_request_bytes=LIMIT, hosts=hosts)
     front.ready = True
     return front
 
