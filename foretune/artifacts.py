@@ -63,8 +63,12 @@ class Artifact(BaseModel):
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
             if values.get("version") != cls.model_fields["version"].default:
-                raise UserError(noun, str(path), f"has format version {values.get('version')}, not {cls.model_fields['version'].default}",
-                                "make it again with this version of foretune")
+                raise UserError(
+                    noun,
+                    str(path),
+                    f"has format version {values.get('version')}, not {cls.model_fields['version'].default}",
+                    "make it again with this version of foretune",
+                )
             return cls.model_validate(values)
         except (ValueError, ValidationError, AttributeError) as error:
             raise UserError(noun, str(path), f"is damaged ({error})", "delete it and run the stage again") from None
@@ -271,6 +275,9 @@ class EvaluationReport(Artifact):
     difference_interval: tuple[float, float] | None  # paired bootstrap over documents, 95 %
     tasks: dict[str, dict[str, float]]
     samples: list[GenerationSample]
+    step: int | None = None  # of the checkpoint that was evaluated; None for a model that is no run's
+    documents_available: int | None = None  # more than `documents` if only some were scored
+    notes: list[str] = []  # what a reader of the figures must know
 
 
 class ExportedModel(Artifact):
@@ -283,6 +290,9 @@ class ExportedModel(Artifact):
     dtype: str
     max_logit_difference: float
     logit_tolerance: float
+    mean_divergence: float = 0.0  # KL(training ‖ export) over the reference positions, nats
+    divergence_tolerance: float = 0.0
+    eos_token_ids: list[int] = []
     chat_template_sha256: str | None
     files: dict[str, RankFile]
 
@@ -302,7 +312,9 @@ class Outcome(Artifact):
     @classmethod
     def of_user_error(cls, error: UserError) -> Outcome:
         """The outcome of a rank that met a user's mistake."""
-        return cls(status="user_error", field=error.field, value=str(error.value), problem=error.problem, mend=error.mend)
+        return cls(
+            status="user_error", field=error.field, value=str(error.value), problem=error.problem, mend=error.mend
+        )
 
 
 class RunFolder:
