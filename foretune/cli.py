@@ -348,26 +348,9 @@ def _travel(
     with open_view(title=title, stages=STAGES[: STAGES.index(until) + 1], quiet=quiet) as view:
         result = travel(config, out=out, nproc=nproc, until=until, on_event=view)
     if as_json:
-        typer.echo(json.dumps(_result_json(result, until), indent=2, ensure_ascii=False))
+        typer.echo(json.dumps(result.as_json(), indent=2, ensure_ascii=False))
     else:
         _show(lambda width: _result_view(result, until, width))
-
-
-def _result_json(result: RunResult, until: StageName) -> Any:
-    prepared = result.prepared.model_dump(mode="json")
-    if until == "prepare":
-        return prepared
-    return {
-        "out": str(result.out),
-        "prepared": prepared,
-        "plan": result.plan and result.plan.model_dump(mode="json"),
-        "checkpoint": result.checkpoint and str(result.checkpoint),
-        "loss": result.loss,
-        "evaluation": result.evaluation and result.evaluation.model_dump(mode="json"),
-        "exported": [model.model_dump(mode="json") for model in result.exported],
-        "seconds_by_phase": result.seconds_by_phase,
-        "predicted_against_measured": result.predicted_against_measured,
-    }
 
 
 def _result_view(result: RunResult, until: StageName, width: int) -> list[RenderableType]:

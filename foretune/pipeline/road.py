@@ -73,6 +73,20 @@ class RunResult:
     seconds_by_phase: Mapping[str, float] | None = None
     predicted_against_measured: Mapping[str, Mapping[str, float]] | None = None
 
+    def as_json(self) -> dict[str, Any]:
+        """Plain JSON values; None for what the road did not come to."""
+        return {
+            "out": str(self.out),
+            "prepared": self.prepared.model_dump(mode="json"),
+            "plan": self.plan and self.plan.model_dump(mode="json"),
+            "checkpoint": self.checkpoint and str(self.checkpoint),
+            "loss": self.loss,
+            "evaluation": self.evaluation and self.evaluation.model_dump(mode="json"),
+            "exported": [model.model_dump(mode="json") for model in self.exported],
+            "seconds_by_phase": self.seconds_by_phase,
+            "predicted_against_measured": self.predicted_against_measured,
+        }
+
 
 def travel(
     config: Config,
