@@ -13,8 +13,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from foretune.serving.terminal import chat
     from foretune.serving.server import running_server, serve
+    from foretune.serving.terminal import chat
 
 __all__ = ["chat", "running_server", "serve"]
 

@@ -22,7 +22,7 @@ from foretune.errors import UserError
 _NAMELESS = {"export", "merged", "full", "model", "adapter"}
 
 # Counting must not warn that a prompt is too long: the count is what tells, and the client is told.
-_QUIET = {"verbose": False}
+QUIET = {"verbose": False}
 
 
 @dataclass(frozen=True)
@@ -61,13 +61,13 @@ class ServedModel:
         """
         rendered = self.tokenizer.apply_chat_template(
             messages, tools=tools, add_generation_prompt=True, tokenize=True, return_dict=True,
-            tokenizer_kwargs=_QUIET, **template_options,
+            tokenizer_kwargs=QUIET, **template_options,
         )  # fmt: skip
         return len(rendered["input_ids"])
 
     def count_text_tokens(self, text: str) -> int:
         """Tokens of a plain prompt, special tokens that the tokenizer adds included."""
-        return len(self.tokenizer(text, **_QUIET)["input_ids"])
+        return len(self.tokenizer(text, **QUIET)["input_ids"])
 
 
 def default_name(folder: Path) -> str:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from foretune.errors import UserError
-from foretune.serving.model import ServedModel, read_model
+from foretune.serving.model import QUIET, ServedModel, read_model
 
 _HELP = "/reset forgets the conversation, /exit leaves, Ctrl-C stops an answer"
 
@@ -88,6 +88,8 @@ class Conversation:
         self._system = [] if system is None else [{"role": "system", "content": system}]
         self._max_new_tokens = max_new_tokens
         self._options = _sampling(temperature)
+        stops = model.generation.get("eos_token_id") or []
+        self._stop_tokens = set(stops if isinstance(stops, list) else [stops])
         self._turns: list[dict[str, str]] = []
         self._model = _load(model.folder)
         self.notes: list[str] = []  # what should be said about the last answer
@@ -138,11 +140,12 @@ class Conversation:
     def _encode(self, text: str) -> Any:
         tokenizer = self._served.tokenizer
         if not self._served.has_chat_template:
-            return tokenizer(text, return_tensors="pt")
+            return tokenizer(text, return_tensors="pt", **QUIET)
         messages = [*self._system, *self._turns, {"role": "user", "content": text}]
         return tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
-        )
+            messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
+            tokenizer_kwargs=QUIET,
+        )  # fmt: skip
 
     def _generate(self, inputs: Any, room: int) -> Iterator[str]:
         """Run `generate` in a thread and yield its text. Leaving the iterator stops it at the next token."""
@@ -151,10 +154,11 @@ class Conversation:
         streamer = TextIteratorStreamer(self._served.tokenizer, skip_prompt=True, skip_special_tokens=True)
         stopping = threading.Event()
         failures: list[BaseException] = []
+        produced: list[int] = []  # the tokens of the answer
 
         def run() -> None:
             try:
-                produced = self._model.generate(
+                whole = self._model.generate(
                     **inputs.to(self._model.device),
                     streamer=streamer,
                     max_new_tokens=room,
@@ -163,8 +167,7 @@ class Conversation:
                     ),
                     **self._options,
                 )
-                if produced.shape[-1] - inputs["input_ids"].shape[-1] >= room and not stopping.is_set():
-                    self.notes.append(f"the answer was cut at {room} tokens")
+                produced.extend(whole[0, inputs["input_ids"].shape[-1] :].tolist())
             except BaseException as error:  # handed to the reader, who would wait for ever otherwise
                 failures.append(error)
                 streamer.end()
@@ -178,6 +181,8 @@ class Conversation:
             thread.join()
         if failures:
             raise failures[0]
+        if len(produced) >= room and produced[-1] not in self._stop_tokens:
+            self.notes.append(f"the answer was cut at {room} tokens")
 
 
 def _all_rows(ids: Any, value: bool) -> Any:

@@ -21,6 +21,7 @@ import openai
 import psutil
 import pytest
 
+from foretune.errors import UserError
 from foretune.serving import chat, running_server
 
 TINY = Path(__file__).parents[1] / "models" / "stories260K"
@@ -40,8 +41,12 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def url(model: Path) -> Iterator[str]:
-    with running_server(model, served_name="tiny", api_key=KEY, max_request_bytes=100_000) as base_url:
-        yield base_url
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")  # two threads on two busy cores wait for each other at every layer
+        started = time.monotonic()
+        with running_server(model, served_name="tiny", api_key=KEY, max_request_bytes=100_000) as base_url:
+            print(f"ready after {time.monotonic() - started:.1f} s")
+            yield base_url
 
 
 @pytest.fixture(scope="module")
@@ -303,18 +308,23 @@ def test_chat_answers_one_prompt_as_the_server_does(model: Path, client: openai.
 
 
 def test_chat_remembers_forgets_and_leaves(model: Path) -> None:
-    first, again, after_reset = talk(
-        model, "Once upon a time", "", "Once upon a time", "/reset", "Once upon a time", "/exit", "x"
-    )[0]
+    from transformers import AutoTokenizer
+
+    lines = ["Once upon a time", "", "One day", "/reset", "Once upon a time", "/exit", "x"]
+    (first, second, after_reset), _ = talk(model, *lines, max_new_tokens=8)
     assert first == after_reset
-    assert first != again, "the second turn has the first before it"
-    assert talk(model, "Once upon a time", system="Lily had a dog.")[0] != [first]
+    messages = [*QUESTION, {"role": "assistant", "content": first}, {"role": "user", "content": "One day"}]
+    tokens = AutoTokenizer.from_pretrained(model).apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
+    assert second == generate(model, tokens, 8), "the second turn has the first before it"
+    assert talk(model, "Once upon a time", system="Lily had a dog.", max_new_tokens=8)[0] != [first]
 
 
 def test_chat_forgets_the_oldest_turns_when_the_context_is_full(model: Path) -> None:
-    answers, aside = talk(model, *["a long story of a cat " * 10] * 8)
+    answers, aside = talk(model, *["a long story of a cat " * 10] * 8, max_new_tokens=1)
     assert len(answers) == 8
     assert "the oldest turn was forgotten" in aside
+    with pytest.raises(UserError, match="the model's context is 512"):
+        talk(model, "a long story " * 200)
 
 
 def test_ctrl_c_stops_the_answer_and_not_the_program(model: Path) -> None:
