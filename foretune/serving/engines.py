@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Literal, Self, get_args
 
-import foretune
 from foretune.errors import MachineFault, UserError
 from foretune.logger import get_logger
 from foretune.serving.dialects import ENGINE_MODEL, Dialect, TransformersDialect, VllmDialect
@@ -171,7 +170,7 @@ class RunningEngine:
 
 def _environment(root: Path) -> dict[str, str]:
     """The engine's environment: offline, quiet, with a hub cache that exists, and able to import this very foretune."""
-    package = str(Path(foretune.__file__).resolve().parents[1])
+    package = str(Path(__file__).resolve().parents[2])
     paths = [package, *(path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if os.path.isabs(path))]
     return {
         **os.environ,
