@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from foretune.artifacts import RunFolder, write_atomically
+from foretune.checkpoint import layout
 from foretune.config import Config, load_config, to_yaml
 from foretune.errors import UserError
 
@@ -25,7 +26,7 @@ from foretune.errors import UserError
 _FREE_KEYS = ("checkpoint", "evaluate.tasks", "data.num_proc", "trust_remote_code")
 #: Keys that may also change in a run that exists, as long as no checkpoint depends on them.
 _PLAN_KEYS = ("plan", "allow_numerics")
-_NAME_CHARACTERS = 40
+_NAME_CHARACTERS = 30  # two of them in UTF-8, and the hash, stay below the 255 bytes of a file name
 
 
 def resolved(config: Config) -> Config:
@@ -56,13 +57,13 @@ def opened(run: RunFolder, config: Config) -> Iterator[bool]:
     """Hold a run folder for one process. Yields whether it held a run of exactly this configuration before.
 
     Raises:
-        UserError: (field ``--out``) it is a file, holds something else or a run of another configuration, is in use by
+        UserError: (field ``--out``) a file; holds something else, or a training of another configuration; is used by
             another process, or can't be written; also when space or permission runs out within the ``with``.
     """
     with _writable(run.path):
         _refuse_foreign_folder(run.path)
         before = load_config(run.config) if run.config.is_file() else None
-        if before is not None:
+        if before is not None and layout.complete_steps(run.checkpoints):
             _refuse_other_wishes(run.path, before, config)
         run.create()
         with _locked(run.path):
@@ -119,7 +120,7 @@ def _refuse_foreign_folder(out: Path) -> None:
 
 
 def _refuse_other_wishes(out: Path, before: Config, now: Config) -> None:
-    """A run folder goes on with what it began with; two configurations in one folder would mix their results."""
+    """A training goes on with what it began with; two configurations in one folder would mix their results."""
     old, new = (_flat(config, without=_FREE_KEYS + _PLAN_KEYS) for config in (before, now))
     changed = [
         f"{key} was {old.get(key)!r}, is now {new.get(key)!r}"
