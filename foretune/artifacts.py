@@ -94,10 +94,12 @@ class RenderedSample(Artifact):
 
 
 class PreparedDataset(Artifact):
-    """RUN/data/: Arrow shards of documents (`documents/`: input_ids list<int32>, labels list<int32>), the pack index
-    (`packs.npz`), held-out documents (`validation/`, same columns), `tokenizer/`, and this manifest, written last.
+    """RUN/data/: Arrow shards of documents (`documents/*.arrow`: input_ids list<int32>, labels list<int32>, not shifted),
+    the pack index (`packs.npz`: which slices of them are trained on and which are held out), `tokenizer/`, and this
+    manifest, written last.
 
-    A *document* is one text or conversation. A *pack* is a list of documents that share one row of `max_length` tokens.
+    A *document* is one text or conversation. A *pack* is a list of documents, or of pieces of long texts, that share one
+    row of `max_length` tokens.
     """
 
     file_name: ClassVar[str] = "manifest.json"
@@ -108,6 +110,7 @@ class PreparedDataset(Artifact):
     vocab_size: int
     eos_token_id: int
     pad_token_id: int
+    stop_token_ids: list[int] = []  # what ends an answer: the end of sequence, and what the chat template closes turns with
     chat_template: Literal["tokenizer", "fallback", "file", "none"]
     sources: list[SourceSummary]
     rows_read: int

@@ -3,7 +3,8 @@
 Importing this loads neither torch nor transformers; `prepare` does when it runs.
 """
 
+from foretune.data.chat_template import load_tokenizer
 from foretune.data.loader import Loader, MicroBatch, StepBatch, open_loader
-from foretune.data.prepare import load_tokenizer, prepare
+from foretune.data.prepare import prepare
 
 __all__ = ["Loader", "MicroBatch", "StepBatch", "load_tokenizer", "open_loader", "prepare"]

@@ -1,14 +1,15 @@
 """Conversations as text, and which characters of it are the assistant's.
 
-In: a tokenizer and a `Conversation`.  Out: `Rendered`: the text, the spans to learn, and whether an end of sequence is missing.
+In: a tokenizer and a `Conversation`.  Out: `Rendered`: the text, the spans to learn, and whether an end of sequence is
+missing.
 
     messages ──render──▶ full text
-    turn i:  start = where render(messages[:i], with generation prompt) ends, which is what inference is given
+    turn i:  start = where render(messages[:i], with generation prompt) ends: what inference is given
              end   = after the closing token that the template ends the turn with (<|im_end|>, </s>, ...)
 
-Every start and end is checked against the full text. Templates that write their earlier turns differently (Qwen3 drops the
-thinking of all but the last) fail the simple check; then a turn's content is found by rendering a mark in its place. What
-can't be found exactly is refused with a reason, never guessed.
+Every start and end is checked against the full text. Templates that write earlier turns differently (Qwen3 drops the
+thinking of all but the last) fail the simple check; then a turn's content is found by rendering a mark in its place.
+What can't be found exactly is refused with a reason, never guessed.
 """
 
 from __future__ import annotations
@@ -36,6 +37,22 @@ _FALLBACK = (
     "{%- endfor -%}"
     "{%- if add_generation_prompt -%}{{ '### Assistant:\n' }}{%- endif -%}"
 )
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "tokenizer.model",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "tekken.json",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+_VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "tekken.json")
 _MARK = "\u2020foretune mark\u2020"
 _MARKERS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
@@ -59,6 +76,7 @@ class ChatTemplate:
 
     tokenizer: Any
     origin: Origin
+    stop_token_ids: list[int] = field(default_factory=list)
     has_markers: bool = False
     merges_system: bool = False  # the template has no system role: its text goes before the first user message's
     closing: str = ""  # what ends an answer, e.g. "<|im_end|>"
@@ -89,15 +107,10 @@ class ChatTemplate:
             turn += 1
             if not learned[i]:
                 continue
-            if marked is not None and turn < len(marked):
-                start, end = marked[turn]
-                end = self._with_closing(full, end)
-            else:
-                start = self._start(full, messages, i, tools)
-                end = self._end(full, messages, i, tools, start) if start is not None else None
-            if start is None or end is None or not start < end <= len(full) or (spans and start < spans[-1][1]):
+            span = self._span(full, messages, i, tools) if marked is None else marked[turn]
+            if span is None or not (spans[-1][1] if spans else 0) <= span[0] < span[1]:
                 return Dropped("its answers can't be told apart in the chat template's text")
-            spans.append((start, end))
+            spans.append((span[0], self._with_closing(full, span[1])))
         text = full[: spans[-1][1]]
         eos = self.tokenizer.eos_token
         return Rendered(text, spans, append_eos=not text.endswith(eos))
@@ -106,8 +119,13 @@ class ChatTemplate:
         """The text of messages; `ask` adds what makes the model answer (the generation prompt)."""
         return str(self.tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=ask))
 
+    def _span(self, full: str, messages: list[dict[str, Any]], i: int, tools: Any) -> tuple[int, int] | None:
+        start = self._start(full, messages, i, tools)
+        end = self._end(full, messages, i, tools, start) if start is not None else None
+        return None if start is None or end is None else (start, end)
+
     def _start(self, full: str, messages: list[dict[str, Any]], i: int, tools: Any) -> int | None:
-        prompt = self._try_write(messages[:i], tools, ask=True) if i else None
+        prompt = self.try_write(messages[:i], tools, ask=True) if i else None
         if prompt is not None and full.startswith(prompt):
             return len(prompt)
         region = self._content(full, messages, i, tools)
@@ -115,7 +133,7 @@ class ChatTemplate:
 
     def _end(self, full: str, messages: list[dict[str, Any]], i: int, tools: Any, start: int) -> int | None:
         last = i == len(messages) - 1
-        through = full if last else self._try_write(messages[: i + 1], tools)
+        through = full if last else self.try_write(messages[: i + 1], tools)
         if through is not None and full.startswith(through) and len(through) > start:
             body = through.rstrip()
             if self.closing and body.endswith(self.closing):
@@ -124,7 +142,7 @@ class ChatTemplate:
                 return len(body)
         region = self._content(full, messages, i, tools)
         if region and region[1] >= start:
-            return self._with_closing(full, region[1])
+            return region[1]
         # An answer that calls a tool has no content to mark: it ends where the next special closing token stands.
         if self.closing in self.special and self.closing not in messages[i]["content"]:
             found = full.find(self.closing, start)
@@ -146,7 +164,7 @@ class ChatTemplate:
         """Where the content of message i stands in the full text: found by rendering a mark in its place."""
         if not messages[i]["content"].strip():
             return None
-        marked = self._try_write([*messages[:i], {**messages[i], "content": _MARK}, *messages[i + 1 :]], tools)
+        marked = self.try_write([*messages[:i], {**messages[i], "content": _MARK}, *messages[i + 1 :]], tools)
         if marked is None or marked.count(_MARK) != 1:
             return None
         left, right = marked.split(_MARK)
@@ -154,7 +172,8 @@ class ChatTemplate:
             return len(left), len(full) - len(right)
         return None
 
-    def _try_write(self, messages: list[dict[str, Any]], tools: Any, *, ask: bool = False) -> str | None:
+    def try_write(self, messages: list[dict[str, Any]], tools: Any = None, *, ask: bool = False) -> str | None:
+        """The text of messages, or None if the template refuses them."""
         from jinja2.exceptions import TemplateError
 
         try:
@@ -179,6 +198,32 @@ class ChatTemplate:
         return found if len(found) == turns and texts[0] == self.write(messages, tools) else None
 
 
+def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
+    """The tokenizer of a model folder.
+
+    Raises:
+        UserError: (field ``model``) there is none, it can't be loaded, or it has no end-of-sequence token.
+    """
+    from transformers import AutoTokenizer
+
+    if not any((folder / name).is_file() for name in _VOCABULARY_FILES):
+        custom = trust_remote_code and any(folder.glob("*.py"))
+        if not custom:
+            mend = "put the tokenizer's files (tokenizer.json, tokenizer_config.json) into the model's folder"
+            raise UserError("model", str(folder), "has no tokenizer", mend)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
+    except Exception as error:  # whatever a damaged file raises, from several libraries
+        problem = f"its tokenizer can't be loaded ({' '.join(str(error).split())[:300]})"
+        raise UserError("model", str(folder), problem, "download the tokenizer's files again") from error
+    if tokenizer.eos_token_id is None:
+        mend = "set eos_token in the model's tokenizer_config.json"
+        raise UserError(
+            "model", str(folder), "its tokenizer has no end-of-sequence token, so no answer could end", mend
+        )
+    return tokenizer
+
+
 def choose_template(tokenizer: Any, *, file: str | None, needed: bool) -> ChatTemplate:
     """Decide on the template and set it on the tokenizer: a given file, the tokenizer's own, or the stated fallback.
 
@@ -193,7 +238,7 @@ def choose_template(tokenizer: Any, *, file: str | None, needed: bool) -> ChatTe
         tokenizer.chat_template, origin = _read_template(file), "file"
     elif origin == "none" and needed:
         tokenizer.chat_template, origin = _fallback_for(tokenizer), "fallback"
-    template = ChatTemplate(tokenizer, origin)
+    template = ChatTemplate(tokenizer, origin, [int(tokenizer.eos_token_id)])
     if not needed:
         return template
     if origin == "fallback":
@@ -242,10 +287,24 @@ def _probe(template: ChatTemplate, file: str | None) -> None:
         problem = "its chat template does not write the answer as it is"
         raise UserError(where, value, problem, "give another template with data.chat_template")
     template.closing = _closing(text.partition(_MARK)[2], template.special)
-    with_system = template._try_write([{"role": "system", "content": "b\u2020c"}, user, answer], None)
+    ids = template.tokenizer(template.closing, add_special_tokens=False).input_ids if template.closing else []
+    if ids and template.closing in template.special and ids[0] not in template.stop_token_ids:
+        template.stop_token_ids.append(ids[0])
+    with_system = template.try_write([{"role": "system", "content": "b\u2020c"}, user, answer])
     if with_system is None or "b\u2020c" not in with_system:
         template.merges_system = True
         template.notes.append("the chat template has no system role: system texts go before the first user message")
+    asked = template.try_write([user], ask=True)
+    if asked is not None and not text.startswith(asked):
+        template.notes.append(
+            f"the chat template asks for an answer with {asked[-40:]!r}, but does not write answers so: "
+            "inference will begin with text that training did not have"
+        )
+    longer = template.try_write([user, answer, user, answer])
+    if longer is not None and not longer.startswith(text.rstrip()):
+        template.notes.append(
+            "the chat template writes earlier answers differently; they are learned as it writes them"
+        )
 
 
 def _closing(tail: str, special: list[str]) -> str:
@@ -263,3 +322,15 @@ def _merge_system(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
         return messages
     joined = f"{messages[0]['content']}\n\n{messages[1]['content']}"
     return [{**messages[1], "content": joined}, *messages[2:]]
+
+
+def stop_token_ids(tokenizer: Any) -> list[int]:
+    """The tokens that end an answer: the tokenizer's end of sequence, and what its chat template ends a turn with.
+
+    A base model's end-of-text token is often another one than its template's end of turn; whoever generates and stops
+    at the former only would let the model talk on in the user's name.
+    """
+    try:
+        return choose_template(tokenizer, file=None, needed=tokenizer.chat_template is not None).stop_token_ids
+    except UserError:  # a template that can't write a conversation: `prepare` would have refused to train with it
+        return [int(tokenizer.eos_token_id)]

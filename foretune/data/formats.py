@@ -31,7 +31,8 @@ _LISTS = {"messages": ("messages",), "conversations": ("conversations", "convers
 _PREFERENCE = ({"chosen", "rejected"}, {"prompt", "completion", "label"}, {"messages", "label"}, {"kto_tag"})
 KNOWN_FORMS = (
     "text: text; prompt_completion: prompt, completion (or response, output); "
-    "instruction: instruction, [input], output (or response, completion, answer); question_answer: question, answer (or response); "
+    "instruction: instruction, [input], output (or response, completion, answer); "
+    "question_answer: question, answer (or response); "
     "messages: messages [{role, content}]; conversations: conversations [{from, value}]"
 )
 _ROLES = {
@@ -129,7 +130,7 @@ def detect(columns: Iterable[str], *, wanted: str, field: str, path: str) -> str
 
 
 def normalise(row: object, form: str, *, system: str | None = None) -> Text | Conversation | Dropped:
-    """Bring one row of a known form to a text or a conversation. `system` is put before conversations that have none."""
+    """Bring one row of a known form to a text or a conversation; one without a system message gets `system`."""
     try:
         if isinstance(row, str) and form == "text":
             row = {"text": row}

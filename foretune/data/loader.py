@@ -2,10 +2,10 @@
 
 In: a prepared folder (memory-mapped), seed, global batch size, rank layout.  Out: `StepBatch`es.
 
-    step ──divmod──▶ (epoch, k) ──permutation(seed, epoch)──▶ the packs of global batch k ──layout──▶ this rank's micro-batches
+    step ──divmod──▶ (epoch, k) ──permutation(seed, epoch)──▶ the packs of global batch k ──layout──▶ this rank's rows
 
-Which packs a step sees depends on the seed and the global batch size alone; the rank layout only deals them out. So a run that
-resumes, on as many ranks or on others, computes its next batch instead of remembering it.
+Which packs a step sees depends on the seed and the global batch size alone; the rank layout only deals them out. So a
+run that resumes, on as many ranks or on others, computes its next batch instead of remembering it.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ _PAD_TO = 8
 class MicroBatch:
     """What one rank sees in one forward pass. All int64 [rows, length].
 
-    `shift_labels[b, t]` is the token that position t must predict: the next token of the same document, or `IGNORE_INDEX`.
-    `position_ids` restart at 0 at every document and at the padding. `document_ids` tells whose token it is (-1: padding).
+    `shift_labels[b, t]` is the token that position t must predict: the next of the same document, or `IGNORE_INDEX`.
+    `position_ids` restart at 0 at every document and at the padding. `document_ids`: whose token it is (-1: padding).
     """
 
     input_ids: Ints
@@ -153,8 +153,8 @@ class Loader:
     def _deal(self, contents: list[Ints]) -> list[MicroBatch]:
         """Deal rows out: row r goes to micro-step r // (ranks x rows), there round the ranks.
 
-        Rows that are not packed are dealt longest first, so that the rows of one forward pass are of like length. Every rank
-        gets the same number of micro-batches; missing rows are empty ones, which have no target.
+        Rows that are not packed are dealt longest first, so that the rows of one forward pass are of like length. Every
+        rank gets the same number of micro-batches; missing rows are empty ones, which have no target.
         """
         if not self._packing:
             single = [piece for content in contents for piece in content.tolist()]

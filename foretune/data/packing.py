@@ -4,7 +4,8 @@ In: lengths of pieces.  Out: `PackIndex`, saved as packs.npz.
 
     lengths ──longest first──▶ the fullest row that still has room ──▶ rows of at most max_length tokens
 
-A *piece* is a slice of a stored document: the whole of it, or what splitting or truncation left. A *pack* is a list of pieces.
+A *piece* is a slice of a stored document: the whole of it, or what splitting or truncation left. A *pack* is a list of
+pieces.
 Best-fit-decreasing needs at most 11/9 of the optimal number of rows + 1 (Johnson 1973).
 """
 
@@ -24,10 +25,10 @@ Ints = NDArray[np.int64]
 class PackIndex:
     """Every piece, and which pieces each pack holds. All arrays are int64.
 
-    Shapes: `documents`, `starts`, `stops`, `targets` [pieces]: stored document, its slice, and how many of the slice's tokens
-    are targets; `pack_pieces` [placed pieces] with `pack_offsets` [packs + 1]: pack p holds
-    ``pack_pieces[pack_offsets[p]:pack_offsets[p + 1]]``; the same for the held-out packs. A piece id is global: held-out and
-    training pieces share one numbering, and a piece that is repeated by weight stands in several packs.
+    `documents`, `starts`, `stops`, `targets` [pieces]: the stored document, the slice of it, and how many tokens of the
+    slice are targets. `pack_pieces` [placed pieces] with `pack_offsets` [packs + 1]: pack p holds
+    ``pack_pieces[pack_offsets[p]:pack_offsets[p + 1]]``; the same for the held-out packs. Held-out and training pieces
+    share one numbering, and a piece that is repeated by weight stands in several packs.
     """
 
     documents: Ints
@@ -63,11 +64,10 @@ def pack(lengths: Ints, max_length: int, *, order: Ints | None = None) -> tuple[
         order: permutation of the items that breaks ties between equal lengths (default: their own order).
 
     Returns:
-        ``(items, offsets)``, int64: row r holds ``items[offsets[r]:offsets[r + 1]]``. The same input gives the same rows.
+        ``(items, offsets)``, int64: row r holds ``items[offsets[r]:offsets[r + 1]]``. Deterministic.
 
-    The rows with c tokens of room are kept in a list per c, and the c that have any as the bits of one integer: the smallest
-    room that suffices is the lowest bit at or above the length, found in max_length / 64 machine words. A million items at
-    4096 take about two seconds.
+    The rows with c tokens of room are kept in a list per c, and the c that have any as the bits of one integer: the
+    smallest room that suffices is its lowest bit at or above the length, found in max_length / 30 machine words.
     """
     assert lengths.size == 0 or (lengths.min() >= 1 and lengths.max() <= max_length), "an item does not fit a row"
     order = np.arange(lengths.size, dtype=np.int64) if order is None else order

@@ -2,7 +2,7 @@
 
 In: `Config`, the model's folder.  Out: `PreparedDataset`, a folder whose manifest is written last.
 
-    sources ──read──▶ raw rows ──tokenise──▶ documents/*.arrow ──select and pack──▶ packs.npz ──▶ tokenizer/, manifest.json
+    sources ──read──▶ raw rows ──tokenise──▶ documents/*.arrow ──select, pack──▶ packs.npz ──▶ tokenizer/, manifest.json
        └──fingerprint: the same as the folder's? then nothing is done
 
 Everything is written to a folder beside `out`, which takes its name at the end. No process group exists yet.
@@ -10,8 +10,7 @@ Everything is written to a folder beside `out`, which takes its name at the end.
 
 from __future__ import annotations
 
-import hashlib
-import json
+import itertools
 import os
 import shutil
 import time
@@ -26,38 +25,28 @@ from numpy.typing import NDArray
 
 from foretune.artifacts import IGNORE_INDEX, PreparedDataset, RenderedSample, SourceSummary, sync_folder
 from foretune.config.schema import Config
-from foretune.data.chat_template import ChatTemplate, choose_template
+from foretune.data.chat_template import ChatTemplate, choose_template, load_tokenizer
 from foretune.data.formats import detect
 from foretune.data.loader import DocumentStore
 from foretune.data.packing import Ints
-from foretune.data.selection import Selection, Wanted, select
-from foretune.data.sources import FoundSource, RawTable, find_source, fingerprint_source, read_source
-from foretune.data.tokenise import BatchTokeniser, Encoder, tokenise
+from foretune.data.selection import Selection, Wanted, heads, select
+from foretune.data.sources import FoundSource, RawTable, find_source, fingerprint_parts, hash_of, read_source
+from foretune.data.tokenise import BatchTokeniser, Encoder, num_processes, tokenise
 from foretune.errors import UserError
 from foretune.model.shape import read_shape
 
-#: Raised when the same inputs would give other tokens, packs or files than before.
-FORMAT_VERSION = 1
-#: Below this many bytes of rows per process, starting the process costs more than it saves.
-_BYTES_PER_PROCESS = 16 << 20
-_TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "tokenizer.model",
-    "spiece.model",
-    "sentencepiece.bpe.model",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "tekken.json",
-    "chat_template.jinja",
-    "chat_template.json",
-)
-_VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "tekken.json")
 _OWN_NAMES = {"documents", "tokenizer", "packs.npz", PreparedDataset.file_name}
 Say = Callable[[str], None]
+
+
+@dataclass
+class _Work:
+    """One table of a source, with the form of each of its files."""
+
+    position: int  # of the source in the configuration
+    found: FoundSource
+    table: RawTable
+    forms: list[str]
 
 
 @dataclass
@@ -91,24 +80,26 @@ def prepare(
     found = [find_source(source, position=i) for i, source in enumerate(config.data.sources)]
     shape = read_shape(model_folder)
     limit = shape.context_length
-    if isinstance(config.train.max_length, int) and config.train.max_length > limit:
-        problem = f"is more than the model's context of {limit} tokens"
-        raise UserError(
-            "train.max_length", config.train.max_length, problem, f"set it to at most {limit}, or leave it out"
-        )
-    if isinstance(config.train.max_length, int) and config.train.max_length < 2:
-        raise UserError("train.max_length", config.train.max_length, "leaves nothing to predict", "set it to 2 or more")
+    _check_max_length(config.train.max_length, limit)
     _refuse_foreign_folder(out)
-    parts = _fingerprint(config, found, model_folder, shape.vocab_size, limit)
+    parts = fingerprint_parts(config, found, model_folder, shape.vocab_size, limit)
     existing = _reusable(out, parts, say)
     if existing is not None:
         return existing
     tokenizer = load_tokenizer(model_folder, trust_remote_code=config.trust_remote_code)
-    scratch = out.with_name(f".{out.name}.{os.getpid()}.partial")
-    shutil.rmtree(scratch, ignore_errors=True)
-    (scratch / "documents").mkdir(parents=True)
+    scratch = _scratch_folder(out)
     try:
-        template, tokenised = _tokenise_all(config, found, tokenizer, scratch, shape.vocab_size, model_folder, say)
+        work = _read_all(config, found, scratch / "raw", say)
+        is_chat = any(form != "text" for item in work for form in item.forms)
+        template = choose_template(tokenizer, file=config.data.chat_template, needed=is_chat)
+        encoder = Encoder(
+            tokenizer,
+            template,
+            train_on_prompt=config.data.train_on_prompt,
+            vocab_size=shape.vocab_size,
+            model=str(model_folder),
+        )
+        tokenised = _tokenise_all(config, work, encoder, scratch / "documents", say)
         wanted = Wanted(
             max_length=None if config.train.max_length == "auto" else config.train.max_length,
             context_length=limit,
@@ -122,7 +113,8 @@ def prepare(
         selection.dropped.update(tokenised.dropped)
         _refuse_nothing(config, selection, tokenised)
         selection.index.save(scratch / "packs.npz")
-        _save_tokenizer(tokenizer, scratch / "tokenizer")
+        # With the template that was used, so that evaluation, export and serving can't use another.
+        tokenizer.save_pretrained(str(scratch / "tokenizer"))
         shutil.rmtree(scratch / "raw", ignore_errors=True)
         prepared = _manifest(
             selection,
@@ -138,71 +130,12 @@ def prepare(
         _put_in_place(scratch, out)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-    say(
-        f"prepared {prepared.documents} documents, {prepared.tokens} tokens, {prepared.packs} rows of {prepared.max_length}"
-    )
+    rows = f"{prepared.packs} rows of {prepared.max_length}"
+    say(f"prepared {prepared.documents} documents, {prepared.tokens} tokens, {rows}")
     return prepared
 
 
-def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
-    """The tokenizer of a model folder.
-
-    Raises:
-        UserError: (field ``model``) there is none, it can't be loaded, or it has no end-of-sequence token.
-    """
-    from transformers import AutoTokenizer
-
-    if not any((folder / name).is_file() for name in _VOCABULARY_FILES):
-        custom = trust_remote_code and any(folder.glob("*.py"))
-        if not custom:
-            mend = "put the tokenizer's files (tokenizer.json, tokenizer_config.json) into the model's folder"
-            raise UserError("model", str(folder), "has no tokenizer", mend)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
-    except Exception as error:  # whatever a damaged file raises, from several libraries
-        problem = f"its tokenizer can't be loaded ({' '.join(str(error).split())[:300]})"
-        raise UserError("model", str(folder), problem, "download the tokenizer's files again") from error
-    if tokenizer.eos_token_id is None:
-        mend = "set eos_token in the model's tokenizer_config.json"
-        raise UserError(
-            "model", str(folder), "its tokenizer has no end-of-sequence token, so no answer could end", mend
-        )
-    return tokenizer
-
-
 # ── the fingerprint ─────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def _fingerprint(
-    config: Config, found: list[FoundSource], model_folder: Path, vocab_size: int, context_length: int
-) -> dict[str, str]:
-    """What the result depends on, part by part, so that a change can be named. Values are hashes."""
-    parts = {f"source {source.source.path}": fingerprint_source(source) for source in found}
-    files = {name: _hash_file(model_folder / name) for name in _TOKENIZER_FILES if (model_folder / name).is_file()}
-    parts["tokenizer"] = _hash(files)
-    parts["model's vocabulary and context"] = _hash([vocab_size, context_length])
-    chat_template = config.data.chat_template
-    path = Path(chat_template).expanduser() if chat_template else None
-    parts["chat template"] = _hash_file(path) if path is not None and path.is_file() else _hash(None)
-    data = config.data.model_dump(mode="json", include={"format", "train_on_prompt", "system", "deduplicate"})
-    options = {
-        **{f"data.{key}": value for key, value in data.items()},
-        "train.max_length": config.train.max_length,
-        "train.seed": config.train.seed,
-        "evaluate.validation": config.evaluate.validation,
-    }
-    parts |= {key: _hash(value) for key, value in options.items()}
-    parts["data format of foretune"] = _hash(FORMAT_VERSION)
-    return parts
-
-
-def _hash(value: object) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:32]
-
-
-def _hash_file(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:32]
 
 
 def _reusable(out: Path, parts: dict[str, str], say: Say) -> PreparedDataset | None:
@@ -227,6 +160,16 @@ def _reusable(out: Path, parts: dict[str, str], say: Say) -> PreparedDataset | N
     return existing
 
 
+def _check_max_length(asked: int | str, limit: int) -> None:
+    if not isinstance(asked, int):
+        return
+    if asked > limit:
+        problem = f"is more than the model's context of {limit} tokens"
+        raise UserError("train.max_length", asked, problem, f"set it to at most {limit}, or leave it out")
+    if asked < 2:
+        raise UserError("train.max_length", asked, "leaves nothing to predict", "set it to 2 or more")
+
+
 def _refuse_foreign_folder(out: Path) -> None:
     if out.exists() and not out.is_dir():
         raise UserError("--out", str(out), "is a file", "give a folder that is new or empty")
@@ -239,71 +182,65 @@ def _refuse_foreign_folder(out: Path) -> None:
 # ── reading and tokenising ──────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _tokenise_all(
-    config: Config,
-    found: list[FoundSource],
-    tokenizer: Any,
-    scratch: Path,
-    vocab_size: int,
-    model_folder: Path,
-    say: Say,
-) -> tuple[ChatTemplate, _Tokenised]:
-    """All sources to documents/*.arrow, in their order."""
-    tables: list[list[RawTable]] = []
-    forms: list[list[list[str]]] = []  # per source, table, file
+def _read_all(config: Config, found: list[FoundSource], scratch: Path, say: Say) -> list[_Work]:
+    """All sources to Arrow, and the form of each file, told from its first rows."""
+    work: list[_Work] = []
     for i, source in enumerate(found):
         say(f"reading {source.source.path}")
-        tables.append(read_source(source, scratch / "raw" / str(i)))
-        forms.append([_forms(source, table, config) for table in tables[-1]])
-        seen = sorted({form for of_table in forms[-1] for form in of_table})
-        say(f"{source.source.path}: form {', '.join(seen)}")
-    is_chat = any(form != "text" for of_source in forms for of_table in of_source for form in of_table)
-    template = choose_template(tokenizer, file=config.data.chat_template, needed=is_chat)
-    encoder = Encoder(tokenizer, template, train_on_prompt=config.data.train_on_prompt)
-    counts: list[int] = []
-    origins: list[tuple[int, NDArray[np.bool_]]] = []
-    for i, source in enumerate(found):
-        for j, table in enumerate(tables[i]):
-            num_proc = _num_proc(config, table.bytes)
-            processes = "" if num_proc == 1 else f" in {num_proc} processes"
-            say(f"tokenising {len(table.dataset)} rows of {source.source.path}{processes}")
-            tokeniser = BatchTokeniser(
-                encoder,
-                table.kind,
-                forms[i][j],
-                table.files,
-                source.field,
-                config.data.system,
-                vocab_size,
-                str(model_folder),
-            )
-            tokenise(table, tokeniser, str(scratch / "documents" / f"{i:03d}-{j:03d}"), num_proc=num_proc)
-            counts.append(len(table.dataset))
-            origins.append((i, _is_text(table, forms[i][j])))
-    store = DocumentStore(scratch / "documents")
+        tables = read_source(source, scratch / str(i))
+        work += [_Work(i, source, table, _forms(source, table, config)) for table in tables]
+        seen = sorted({form for item in work if item.position == i for form in item.forms})
+        columns = sorted(set().union(*(names for table in tables for names in table.columns)))
+        say(f"{source.source.path}: form {', '.join(seen)} (columns {', '.join(columns)})")
+    return work
+
+
+def _tokenise_all(config: Config, work: list[_Work], encoder: Encoder, folder: Path, say: Say) -> _Tokenised:
+    """All tables to documents/*.arrow, in their order."""
+    for i, item in enumerate(work):
+        num_proc = num_processes(config.data.num_proc, item.table.bytes)
+        processes = "" if num_proc == 1 else f" in {num_proc} processes"
+        say(f"tokenising {len(item.table.dataset)} rows of {item.found.source.path}{processes}")
+        tokeniser = BatchTokeniser(
+            encoder,
+            kind=item.table.kind,
+            forms=item.forms,
+            files=item.table.files,
+            field=item.found.field,
+            system=config.data.system,
+        )
+        tokenise(item.table, tokeniser, str(folder / f"{i:05d}"), num_proc=num_proc)
+    store = DocumentStore(folder)
+    counts = [len(item.table.dataset) for item in work]
     assert len(store) == sum(counts), "every raw row has one stored document, be it empty"
-    source_of = np.repeat([i for i, _ in origins], counts).astype(np.int64)
-    reasons = store.column("reason").to_pylist() if len(store) else []
-    summaries = [
+    source_of = np.repeat([item.position for item in work], counts).astype(np.int64)
+    is_text = np.concatenate([_is_text(item.table, item.forms) for item in work])
+    rows = [int(np.unique(heads(store)[source_of == i]).size) for i in range(len(config.data.sources))]
+    summaries: list[dict[str, Any]] = [
         {
-            "path": source.source.path,
-            "format": " + ".join(sorted({form for of_table in forms[i] for form in of_table})),
-            "weight": source.source.weight,
-            "rows_read": int(np.count_nonzero(source_of == i)),
-            "columns": sorted({name for table in tables[i] for names in table.columns for name in names}),
+            "path": source.path,
+            "format": " + ".join(sorted({form for item in work if item.position == i for form in item.forms})),
+            "weight": source.weight,
+            "rows_read": rows[i],
+            "columns": sorted(
+                set().union(*(names for item in work if item.position == i for names in item.table.columns))
+            ),
         }
-        for i, source in enumerate(found)
+        for i, source in enumerate(config.data.sources)
     ]
-    dropped = Counter(reason for reason in reasons if reason is not None)
-    is_text = np.concatenate([flags for _, flags in origins]) if origins else np.zeros(0, dtype=bool)
-    return template, _Tokenised(store, source_of, is_text, summaries, dropped)
+    reasons = store.column("reason").value_counts().to_pylist()
+    dropped = Counter({item["values"]: item["counts"] for item in reasons if item["values"] is not None})
+    return _Tokenised(store, source_of, is_text, summaries, dropped)
 
 
 def _forms(source: FoundSource, table: RawTable, config: Config) -> list[str]:
     """The form of each file of a table."""
     wanted = source.source.format if source.source.format != "auto" else config.data.format
     if table.kind == "parts":
-        return ["text"]
+        if wanted not in ("auto", "text"):
+            mend = "leave the format out for plain texts, or write the rows as JSON lines"
+            raise UserError(source.field, table.files[0], f"is a plain text, not of the form {wanted!r}", mend)
+        return ["text"] * len(table.files)
     paths = table.files if len(table.columns) == len(table.files) else [source.source.path]
     return [
         detect(names, wanted=wanted, field=source.field, path=path)
@@ -313,16 +250,10 @@ def _forms(source: FoundSource, table: RawTable, config: Config) -> list[str]:
 
 def _is_text(table: RawTable, forms: list[str]) -> NDArray[np.bool_]:
     if table.kind == "lines":
-        per_file = np.array([form == "text" for form in forms])
-        return per_file[np.asarray(table.dataset.with_format("numpy")["file"][:])]
+        per_file: NDArray[np.bool_] = np.array([form == "text" for form in forms])
+        flags: NDArray[np.bool_] = per_file[np.asarray(table.dataset.with_format("numpy")["file"][:])]
+        return flags
     return np.full(len(table.dataset), forms[0] == "text")
-
-
-def _num_proc(config: Config, size: int) -> int:
-    if config.data.num_proc != "auto":
-        return int(config.data.num_proc)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(cores, size // _BYTES_PER_PROCESS))
 
 
 # ── what is left behind ─────────────────────────────────────────────────────────────────────────────────────────────
@@ -342,10 +273,6 @@ def _refuse_nothing(config: Config, selection: Selection, tokenised: _Tokenised)
     )
 
 
-def _save_tokenizer(tokenizer: Any, folder: Path) -> None:
-    tokenizer.save_pretrained(str(folder))
-
-
 def _manifest(
     selection: Selection,
     tokenised: _Tokenised,
@@ -362,13 +289,14 @@ def _manifest(
     tokens = int(index.lengths[index.pack_pieces].sum())
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     return PreparedDataset(
-        fingerprint=_hash(parts),
+        fingerprint=hash_of(parts),
         fingerprint_parts=parts,
         max_length=selection.max_length,
         max_length_reason=selection.max_length_reason,
         vocab_size=vocab_size,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=pad if pad < vocab_size else tokenizer.eos_token_id,
+        stop_token_ids=template.stop_token_ids,
         chat_template=template.origin,
         sources=[
             SourceSummary(**summary, documents=selection.documents_of_source[i])
@@ -407,12 +335,35 @@ def _samples(selection: Selection, store: DocumentStore, tokenizer: Any) -> list
         bounds = [0, *(np.flatnonzero(np.diff(learned)) + 1).tolist(), ids.size]
         pieces_of_text = [
             (str(tokenizer.decode(ids[start:stop].tolist(), skip_special_tokens=False)), bool(learned[start]))
-            for start, stop in zip(bounds[:-1], bounds[1:], strict=True)
+            for start, stop in itertools.pairwise(bounds)
         ]
         samples.append(
             RenderedSample(pieces=pieces_of_text, tokens=int(ids.size), target_tokens=int(index.targets[piece]))
         )
     return samples
+
+
+def _scratch_folder(out: Path) -> Path:
+    """A new folder beside `out`. What killed processes left there is removed."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    for left in out.parent.glob(f".{out.name}.*.*"):
+        name, _, kind = left.name.rpartition(".")
+        pid = name.rpartition(".")[2]
+        if kind in ("partial", "old") and pid.isdigit() and (int(pid) == os.getpid() or not _is_alive(int(pid))):
+            shutil.rmtree(left, ignore_errors=True)
+    scratch = out.with_name(f".{out.name}.{os.getpid()}.partial")
+    (scratch / "documents").mkdir(parents=True)
+    return scratch
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
 
 
 def _put_in_place(scratch: Path, out: Path) -> None:

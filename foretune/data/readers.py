@@ -6,8 +6,8 @@ In: a file (gzipped or not).  Out: ``(line number, JSON text)`` per row of a str
     .json ──elements──┼──▶ (line, JSON text)        .txt .md ──cut where no token is cut──▶ (part, first, last)
     .csv ──fields─────┘
 
-No more than one row and one buffer are held. A row's JSON is parsed later, in parallel; here only as far as is needed to
-find where it ends.
+No more than one row and one buffer are held. A row's JSON is parsed later, in parallel; here only as far as is needed
+to find where it ends.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def rows_of(file: Path, field: str) -> Iterator[tuple[int, str]]:
 
 
 def parts_of(file: Path, field: str) -> Iterator[tuple[str, bool, bool]]:
-    """Yield ``(part, is first, is last)`` of a plain text; joined they are the file. An empty file is one empty part."""
+    """Yield ``(part, is first, is last)`` of a plain text; joined they are the file, which may be empty."""
     with _reading(file, field) as text:
         buffer, first = text.read(PART_CHARACTERS + 1), True
         while len(buffer) > PART_CHARACTERS:
@@ -89,7 +89,7 @@ def _reading(file: Path, field: str) -> Iterator[IO[str]]:
     """A file as text: gunzipped if need be, UTF-8 with or without a byte-order mark, line ends as they are."""
     try:
         with gzip.open(file, "rb") if file.suffix == ".gz" else file.open("rb") as raw:
-            yield io.TextIOWrapper(raw, encoding="utf-8-sig", newline="")  # type: ignore[type-var]
+            yield io.TextIOWrapper(raw, encoding="utf-8-sig", newline="")
     except UnicodeDecodeError:
         where = _broken_line(file)
         raise UserError(field, f"{file}:{where}", "is not UTF-8 text", "save the file as UTF-8") from None
@@ -215,7 +215,7 @@ def _elements(
 
 
 def _cut(buffer: str) -> int:
-    """Where to cut: before a single newline between letters, where GPT-2's, Qwen's and Llama-3's rules all end a word."""
+    """Where to cut: before a newline between letters, where the rules of GPT-2, Qwen and Llama 3 all end a word."""
     start = len(buffer) - min(len(buffer) // 2, 1 << 16)
     for pattern in (r"(?<=\w)(?=\n\w)", r"(?<=\S)(?=\s)"):
         cuts = [match.start() for match in re.finditer(pattern, buffer[start:])]

@@ -1,10 +1,12 @@
-"""What of the stored documents is used, and how: pieces, held-out share, repeats by weight, the length of a row.
+"""What of the stored documents is used, and how: pieces, held-out share, repeats by weight, tokens per row.
 
-In: the stored documents and what is wanted.  Out: a `PackIndex` and the counts for the summary. Arithmetic on counts and
-digests; tokens are read only where a conversation is truncated.
+In: the stored documents and what is wanted.  Out: a `PackIndex` and the counts for the summary. Arithmetic on counts
+and digests; tokens are read only where a conversation is truncated.
 
-    documents ──drop duplicates──▶ ──cut to max_length──▶ pieces ──hold out──▶ training pieces ──repeat by weight──▶ packs
-                                                                         └──▶ held-out pieces ──▶ packs
+    documents ──drop duplicates, cut to max_length──▶ pieces ──hold out──▶ training pieces ──repeat by weight──▶ packs
+                                                                  └──────▶ held-out pieces ────────────────────▶ packs
+
+A long plain text is stored in parts, which are counted as the one document that they are.
 """
 
 from __future__ import annotations
@@ -66,13 +68,18 @@ def select(store: DocumentStore, source_of: Ints, is_text: NDArray[np.bool_], wa
         is_text: bool [documents], whether it may be split (a text) or only truncated (a conversation).
     """
     lengths = store.lengths()
+    head_of = heads(store)
     kept = np.flatnonzero(lengths > 0)
     duplicates = 0
     if wanted.deduplicate:
         unique = _first_of_each(store, kept)
         duplicates, kept = kept.size - unique.size, unique
-    max_length, reason = _row_length(lengths[kept], is_text[kept], wanted)
+    num_heads = int(head_of[-1]) + 1 if head_of.size else 0
+    whole_lengths = np.bincount(head_of[kept], weights=lengths[kept], minlength=num_heads).astype(np.int64)
+    longest = int(whole_lengths.max(initial=0))
+    max_length, reason = _row_length(longest, bool(is_text[kept].all()), wanted)
     cut = _cut(store, kept, lengths, is_text, max_length)
+    texts = np.unique(head_of[kept[is_text[kept]]])
     selection = Selection(
         index=_EMPTY,
         max_length=max_length,
@@ -80,14 +87,15 @@ def select(store: DocumentStore, source_of: Ints, is_text: NDArray[np.bool_], wa
         duplicates=duplicates,
         truncated_documents=cut.truncated,
         truncated_tokens=cut.truncated_tokens,
-        split_documents=cut.split,
-        longest_document=int(lengths[kept].max()) if kept.size else 0,
+        split_documents=int(np.count_nonzero(whole_lengths[texts] > max_length)),
+        longest_document=longest,
     )
     if cut.without_target:
         selection.dropped["no target token left within max_length"] = cut.without_target
-    held_out = _hold_out(store, cut, lengths, wanted, selection)
-    training = _repeat(np.flatnonzero(~held_out), source_of[cut.documents], wanted)
+    units = head_of[cut.documents]
+    held_out = _hold_out(_digests(store), units, head_of, wanted, selection)
     piece_lengths = cut.stops - cut.starts
+    training = _repeat(np.flatnonzero(~held_out), source_of[cut.documents], wanted)
     pieces, offsets = pack_pieces(training, piece_lengths, max_length, _random(wanted, _ORDER))
     validation, validation_offsets = pack_pieces(
         np.flatnonzero(held_out), piece_lengths, max_length, _random(wanted, _VALIDATION_ORDER)
@@ -95,12 +103,17 @@ def select(store: DocumentStore, source_of: Ints, is_text: NDArray[np.bool_], wa
     selection.index = PackIndex(
         cut.documents, cut.starts, cut.stops, cut.targets, pieces, offsets, validation, validation_offsets
     )
-    trained_on = np.unique(cut.documents[~held_out])
-    selection.documents = int(trained_on.size)
-    selection.validation_documents = int(np.unique(cut.documents[held_out]).size)
-    in_use = np.unique(cut.documents)
-    selection.documents_of_source = np.bincount(source_of[in_use], minlength=len(wanted.weights)).tolist()
+    selection.documents = int(np.unique(units[~held_out]).size)
+    selection.validation_documents = int(np.unique(units[held_out]).size)
+    _, first = np.unique(units, return_index=True)
+    used = source_of[cut.documents[first]]
+    selection.documents_of_source = np.bincount(used, minlength=len(wanted.weights)).tolist()
     return selection
+
+
+def heads(store: DocumentStore) -> Ints:
+    """Which document each stored one is (a part of), counted from 0: int64 [documents]."""
+    return np.cumsum(_flags(store, "first"), dtype=np.int64) - 1
 
 
 _NONE = np.zeros(0, dtype=np.int64)
@@ -132,20 +145,17 @@ def _flags(store: DocumentStore, name: str) -> NDArray[np.bool_]:
     return values
 
 
-def _row_length(lengths: Ints, is_text: NDArray[np.bool_], wanted: Wanted) -> tuple[int, str]:
+def _row_length(longest: int, only_text: bool, wanted: Wanted) -> tuple[int, str]:
     if wanted.max_length is not None:
         return wanted.max_length, "set by train.max_length"
-    if lengths.size == 0:
-        return SHORTEST_ROW, "there are no documents"
-    limit = LONGEST_TEXT_ROW if is_text.all() else LONGEST_CHAT_ROW
-    longest = int(lengths.max())
-    row = max(SHORTEST_ROW, 1 << (longest - 1).bit_length())
+    limit = LONGEST_TEXT_ROW if only_text else LONGEST_CHAT_ROW
+    row = max(SHORTEST_ROW, 1 << max(longest - 1, 0).bit_length())
     if row <= min(limit, wanted.context_length):
         return row, f"the smallest power of two that holds the longest document ({longest} tokens)"
+    longer = "longer texts are split" if only_text else "longer conversations are truncated"
     if wanted.context_length <= limit:
-        return wanted.context_length, f"the model's context; the longest document has {longest} tokens"
-    kind = "texts are split" if is_text.all() else "longer conversations are truncated"
-    return limit, f"the longest document has {longest} tokens; beyond {limit} {kind} (set train.max_length for more)"
+        return wanted.context_length, f"the model's context; {longer} (the longest has {longest} tokens)"
+    return limit, f"{longer} (the longest has {longest} tokens); set train.max_length for more"
 
 
 @dataclass
@@ -156,15 +166,14 @@ class _Pieces:
     targets: Ints
     truncated: int = 0
     truncated_tokens: int = 0
-    split: int = 0
     without_target: int = 0
 
 
 def _cut(store: DocumentStore, kept: Ints, lengths: Ints, is_text: NDArray[np.bool_], max_length: int) -> _Pieces:
     """Slices of at most `max_length` tokens, in the order of the documents.
 
-    Consecutive pieces of a text share one token, the last of one being the context of the other's first target: every token
-    but a text's first is a target exactly once.
+    Consecutive pieces of a text share one token, the last of the one and the context of the other's first target: every
+    token but a text's first is a target exactly once.
     """
     targets = store.column("targets").to_numpy().astype(np.int64)
     fits = lengths[kept] <= max_length
@@ -177,7 +186,6 @@ def _cut(store: DocumentStore, kept: Ints, lengths: Ints, is_text: NDArray[np.bo
             starts = np.arange(0, length - 1, max_length - 1, dtype=np.int64)
             stops = np.minimum(starts + max_length, length)
             parts.append(np.stack([np.full_like(starts, document), starts, stops, stops - starts - 1], axis=1))
-            cut.split += 1
             continue
         _, labels = store.read(document, 0, max_length)
         left = int(np.count_nonzero(labels[1:] != IGNORE_INDEX))
@@ -194,27 +202,31 @@ def _cut(store: DocumentStore, kept: Ints, lengths: Ints, is_text: NDArray[np.bo
 
 
 def _hold_out(
-    store: DocumentStore, cut: _Pieces, lengths: Ints, wanted: Wanted, selection: Selection
+    digests: NDArray[np.void], units: Ints, head_of: Ints, wanted: Wanted, selection: Selection
 ) -> NDArray[np.bool_]:
-    """Which pieces are held out: whole documents by a hash of their tokens and the seed; of a few long texts, their ends.
+    """Which pieces are held out: whole documents by a hash of tokens and seed; of a few long texts, their ends.
 
     A hash and not a draw: the choice does not depend on the order of the rows, nor on what other rows there are.
+
+    Args:
+        digests: [stored documents]. units: int64 [pieces], which document each piece is of; `head_of`: each stored one.
     """
-    held_out = np.zeros(cut.documents.size, dtype=bool)
-    documents, first, counts = np.unique(cut.documents, return_index=True, return_counts=True)
+    held_out = np.zeros(units.size, dtype=bool)
+    documents, first, counts = np.unique(units, return_index=True, return_counts=True)
     if wanted.validation == 0 or documents.size == 0:
         return held_out
     if documents.size >= FEWEST_TO_HOLD_OUT:
-        number = min(max(1, round(wanted.validation * documents.size)), MOST_HELD_OUT)
-        keys = _mixed(_digests(store)[documents], wanted.seed)
-        chosen = documents[np.argsort(keys, kind="stable")[:number]]
-        held_out = np.isin(cut.documents, chosen)
-    elif cut.documents.size >= FEWEST_TO_HOLD_OUT:
-        shares = np.round(wanted.validation * counts).astype(np.int64)
+        number = min(max(1, round(wanted.validation * documents.size)), MOST_HELD_OUT, documents.size - 1)
+        stored = np.searchsorted(head_of, documents)  # the first part of each
+        chosen = documents[np.argsort(_mixed(digests[stored], wanted.seed), kind="stable")[:number]]
+        held_out = np.isin(units, chosen)
+    elif units.size >= FEWEST_TO_HOLD_OUT:
+        shares = np.minimum(np.round(wanted.validation * counts).astype(np.int64), counts - 1)
         shares[np.argmax(counts)] = max(1, shares[np.argmax(counts)])
+        shares = np.minimum(shares, MOST_HELD_OUT)
         for start, count, share in zip(first.tolist(), counts.tolist(), shares.tolist(), strict=True):
-            held_out[start + count - min(share, MOST_HELD_OUT) : start + count] = share > 0
-        selection.notes.append("the held-out share is the end of the longest texts")
+            held_out[start + count - share : start + count] = True
+        selection.notes.append("held out are the ends of the texts, as there are few of them")
     else:
         selection.notes.append(f"nothing is held out: {documents.size} documents are too few")
     return held_out

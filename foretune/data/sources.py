@@ -16,14 +16,18 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from dataclasses import field as item
 from pathlib import Path
 from typing import Any, Literal
 
-from foretune.config.schema import DataSource
+from foretune.config.schema import Config, DataSource
+from foretune.data.chat_template import TOKENIZER_FILES
 from foretune.data.readers import STRUCTURED, TEXT, kind_of, parts_of, rows_of, suffix_of
 from foretune.errors import UserError
 
+#: Raised when the same inputs would give other tokens, packs or files than before.
+FORMAT_VERSION = 1
 _BATCH_ROWS, _BATCH_CHARACTERS = 1000, 4 << 20
 #: Rows of each file whose keys tell its form.
 _SEEN_ROWS = 100
@@ -64,7 +68,7 @@ class FoundSource:
     field: str  # dotted key, for errors
     kind: Literal["files", "saved", "hub"]
     files: list[Path]
-    notes: list[str] = field(default_factory=list)
+    notes: list[str] = item(default_factory=list)
 
 
 def find_source(source: DataSource, *, position: int) -> FoundSource:
@@ -95,19 +99,6 @@ def find_source(source: DataSource, *, position: int) -> FoundSource:
             name, source.path, "there is no such file or folder", f"check the path (read from {Path.cwd()})"
         )
     return FoundSource(source, name, "hub", [])
-
-
-def fingerprint_source(found: FoundSource) -> str:
-    """A hash of everything a source's rows depend on: the content of its files, or the identity of its hub data set."""
-    source = found.source
-    digest = hashlib.sha256(json.dumps(source.model_dump(mode="json"), sort_keys=True).encode())
-    for file in found.files:
-        digest.update(f"\0{file.name}\0{file.stat().st_size}\0".encode())
-        with file.open("rb") as content:
-            digest.update(hashlib.file_digest(content, "sha256").digest())
-    if found.kind == "hub":
-        digest.update(str(_load_dataset(found)._fingerprint).encode())
-    return digest.hexdigest()
 
 
 def read_source(found: FoundSource, scratch: Path) -> list[RawTable]:
@@ -272,3 +263,51 @@ def _innermost(error: BaseException) -> str:
     while error.__cause__ is not None:
         error = error.__cause__
     return " ".join(f"{type(error).__name__}: {error}".split())[:300]
+
+
+# ── the fingerprint ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def fingerprint_parts(
+    config: Config, found: list[FoundSource], model_folder: Path, vocab_size: int, context_length: int
+) -> dict[str, str]:
+    """What the result depends on, part by part, so that a change can be named. Values are hashes."""
+    parts = {f"source {i} ({item.source.path})": _hash_source(item) for i, item in enumerate(found)}
+    files = {name: _hash_file(model_folder / name) for name in TOKENIZER_FILES if (model_folder / name).is_file()}
+    parts["tokenizer"] = hash_of(files)
+    parts["model's vocabulary and context"] = hash_of([vocab_size, context_length])
+    chat_template = config.data.chat_template
+    path = Path(chat_template).expanduser() if chat_template else None
+    parts["chat template"] = _hash_file(path) if path is not None and path.is_file() else hash_of(None)
+    data = config.data.model_dump(mode="json", include={"format", "train_on_prompt", "system", "deduplicate"})
+    options = {
+        **{f"data.{key}": value for key, value in data.items()},
+        "train.max_length": config.train.max_length,
+        "train.seed": config.train.seed,
+        "evaluate.validation": config.evaluate.validation,
+    }
+    parts |= {key: hash_of(value) for key, value in options.items()}
+    parts["data format of foretune"] = hash_of(FORMAT_VERSION)
+    return parts
+
+
+def _hash_source(found: FoundSource) -> str:
+    """A hash of everything a source's rows depend on: the content of its files, or the identity of its hub data set."""
+    source = found.source
+    digest = hashlib.sha256(json.dumps(source.model_dump(mode="json"), sort_keys=True).encode())
+    for file in found.files:
+        digest.update(f"\0{file.name}\0{file.stat().st_size}\0".encode())
+        with file.open("rb") as content:
+            digest.update(hashlib.file_digest(content, "sha256").digest())
+    if found.kind == "hub":
+        digest.update(str(_load_dataset(found)._fingerprint).encode())
+    return digest.hexdigest()
+
+
+def hash_of(value: object) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _hash_file(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:32]

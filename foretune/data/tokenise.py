@@ -1,17 +1,19 @@
 """From raw rows to documents: token ids and labels, a batch at a time, in as many processes as asked for.
 
-In: a `RawTable` batch (a pyarrow table).  Out: a table with one row per raw row, an empty one where it was dropped:
+In: a batch of a `RawTable` (a pyarrow table).  Out: a table with one row per raw row, empty where it was dropped:
 
-    row ──parse──▶ mapping ──normalise──▶ text ─────────────────────▶ ids, then end of sequence ──▶ input_ids, labels,
-                                      └──▶ conversation ──render──▶ pieces of text, learned or not ─┘   targets, digest, reason
+    row ──parse, normalise──▶ text ──────────────────▶ ids, end of sequence ────────┬──▶ input_ids, labels, targets,
+                          └──▶ conversation ──render──▶ pieces, learned or not ─────┘    digest, reason
 
-Labels are decided by position, never by token id, so the end of sequence is a target also where it is the padding token.
+Labels are decided by position, never by token id: the end of sequence is a target also where it is the padding token.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +26,8 @@ from foretune.data.formats import Conversation, Dropped, Text, normalise
 from foretune.data.sources import Kind
 from foretune.errors import UserError
 
+#: Below this many bytes of rows per process, starting one costs more than it saves.
+_BYTES_PER_PROCESS = 16 << 20
 Ids = NDArray[np.int32]
 Document = tuple[Ids, Ids]  # input_ids, labels
 
@@ -31,15 +35,18 @@ Document = tuple[Ids, Ids]  # input_ids, labels
 class Encoder:
     """Turns lists of texts and conversations into documents, a whole list in one call of the tokenizer."""
 
-    def __init__(self, tokenizer: Any, template: ChatTemplate, *, train_on_prompt: bool) -> None:
+    def __init__(
+        self, tokenizer: Any, template: ChatTemplate, *, train_on_prompt: bool, vocab_size: int, model: str
+    ) -> None:
         self.tokenizer, self.template, self.train_on_prompt = tokenizer, template, train_on_prompt
+        self._vocab_size, self._model = vocab_size, model
         self._eos = int(tokenizer.eos_token_id)
         self._cuts_freely = self._joins_cleanly()
         self._has_offsets = bool(tokenizer.is_fast)
         self._anchor = self._ids(["\n"])[0]
 
     def texts(self, texts: list[str], ends: list[tuple[bool, bool]]) -> list[Document]:
-        """Plain texts. ``ends`` says of each whether it begins and whether it ends its document (a long one comes in parts)."""
+        """Plain texts. `ends`: whether each begins and whether it ends its document (long ones come in parts)."""
         encoded = self.tokenizer(texts, add_special_tokens=True, verbose=False).input_ids if texts else []
         documents: list[Document] = []
         inner = [i for i, (first, _) in enumerate(ends) if not first]
@@ -57,6 +64,15 @@ class Encoder:
             return self._by_segments(rendered)
         return self._by_offsets(rendered)
 
+    def check_vocabulary(self, ids: Ids) -> None:
+        """Raises `UserError` if the model has no embedding for a token."""
+        if ids.size and int(ids.max()) >= self._vocab_size:
+            token = int(ids.max())
+            written = self.tokenizer.convert_ids_to_tokens(token)
+            problem = f"its tokenizer writes token {token} ({written!r}), but its embedding has {self._vocab_size} rows"
+            mend = "use the tokenizer that belongs to the model, or resize the model's embedding and save it again"
+            raise UserError("model", self._model, problem, mend)
+
     def _ids(self, texts: list[str]) -> list[list[int]]:
         if not texts:
             return []
@@ -64,12 +80,12 @@ class Encoder:
         return encoded
 
     def _joins_cleanly(self) -> bool:
-        """Whether pieces may be tokenised apart: not where a tokenizer puts a space before each text (SentencePiece)."""
+        """Whether pieces may be tokenised apart: not if a tokenizer puts a space before each text (SentencePiece)."""
         newline, word, both = self._ids(["\n", "Hello", "\nHello"])
         return newline + word == both
 
     def _by_segments(self, rendered: list[Rendered]) -> list[Document]:
-        """Each piece between starts and ends tokenised for itself: the prompt's tokens are those of inference by construction."""
+        """Each piece tokenised for itself: so the prompt's tokens are those of inference."""
         texts: list[str] = []
         learned: list[bool] = []
         counts = []
@@ -105,7 +121,7 @@ class Encoder:
         ]
 
     def _by_offsets(self, rendered: list[Rendered]) -> list[Document]:
-        """The whole text tokenised at once, tokens learned by where their characters lie; rows where one straddles are cut."""
+        """Whole texts tokenised, tokens learned by where their characters lie; rows where one straddles are cut."""
         if not rendered:
             return []
         texts = [item.text for item in rendered]
@@ -154,8 +170,6 @@ class BatchTokeniser:
     files: list[str]
     field: str  # dotted key of the source, for errors
     system: str | None
-    vocab_size: int  # rows of the model's embedding
-    model: str
 
     def __call__(self, batch: Any) -> Any:
         """Raises `UserError` for broken JSON (file and line) and for token ids that the model has no embedding for."""
@@ -225,7 +239,7 @@ class BatchTokeniser:
         np.cumsum(lengths, out=offsets[1:])
         ids = np.concatenate([ids for ids, _ in kept]) if kept else empty[0]
         labels = np.concatenate([labels for _, labels in kept]) if kept else empty[0]
-        self._check_vocabulary(ids)
+        self.encoder.check_vocabulary(ids)
         digests = [hashlib.blake2b(a.tobytes() + b.tobytes(), digest_size=16).digest() for a, b in kept]
         return pa.table(
             {
@@ -239,13 +253,13 @@ class BatchTokeniser:
             }
         )
 
-    def _check_vocabulary(self, ids: Ids) -> None:
-        if ids.size and int(ids.max()) >= self.vocab_size:
-            token = int(ids.max())
-            written = self.encoder.tokenizer.convert_ids_to_tokens(token)
-            problem = f"its tokenizer writes token {token} ({written!r}), but its embedding has {self.vocab_size} rows"
-            mend = "use the tokenizer that belongs to the model, or resize the model's embedding and save it again"
-            raise UserError("model", self.model, problem, mend)
+
+def num_processes(asked: int | str, size: int) -> int:
+    """As many as asked for; else as many cores as there are, each with enough of the `size` bytes of rows to pay."""
+    if isinstance(asked, int):
+        return asked
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(cores, size // _BYTES_PER_PROCESS))
 
 
 def tokenise(table: Any, tokeniser: BatchTokeniser, target: str, *, num_proc: int) -> None:
@@ -253,9 +267,6 @@ def tokenise(table: Any, tokeniser: BatchTokeniser, target: str, *, num_proc: in
 
     With one process the tokenizer's own threads use the cores; with several, each has one thread.
     """
-    import os
-    import warnings
-
     import datasets
 
     dataset = table.dataset
