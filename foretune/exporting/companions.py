@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from foretune.artifacts import PreparedDataset
+from foretune.data.chat_template import stop_token_ids
 
 GENERATION_CONFIG = "generation_config.json"
 
@@ -50,8 +51,7 @@ def write_generation_config(folder: Path, *, base: Path, prepared: PreparedDatas
     values = _base_generation(base)
     tokenizer = AutoTokenizer.from_pretrained(str(folder))
     known = values.get("eos_token_id")
-    ends = [*(known if isinstance(known, list) else [known]), tokenizer.eos_token_id, prepared.eos_token_id]
-    ends.append(end_of_turn(tokenizer))
+    ends = [*(known if isinstance(known, list) else [known]), prepared.eos_token_id, *stop_token_ids(tokenizer)]
     eos = list(dict.fromkeys(int(end) for end in ends if end is not None))
     values["eos_token_id"] = eos if len(eos) > 1 else eos[0]
     values.setdefault("bos_token_id", tokenizer.bos_token_id)
@@ -60,27 +60,6 @@ def write_generation_config(folder: Path, *, base: Path, prepared: PreparedDatas
     text = json.dumps({key: value for key, value in values.items() if value is not None}, indent=2) + "\n"
     (folder / GENERATION_CONFIG).write_text(text, encoding="utf-8")
     return eos
-
-
-def end_of_turn(tokenizer: Any) -> int | None:
-    """The special token that the chat template puts right after an assistant's words, None if there is none.
-
-    A base model's end-of-text token is often another one than its template's end of turn; a server that stops at the
-    former only would let the model talk on in the user's name.
-    """
-    if tokenizer.chat_template is None:
-        return None
-    words = "Yes."
-    turns = [{"role": "user", "content": "Is it?"}, {"role": "assistant", "content": words}]
-    try:
-        text = tokenizer.apply_chat_template(turns, tokenize=False)
-    except Exception:  # a template raises whatever its author chose, when it wants roles or tools of its own
-        return None
-    after = tokenizer(text[text.rindex(words) + len(words) :], add_special_tokens=False)["input_ids"]
-    special = set(tokenizer.all_special_ids) | {
-        number for number, token in tokenizer.added_tokens_decoder.items() if token.special
-    }
-    return next((int(token) for token in after if token in special), None)
 
 
 def _base_generation(base: Path) -> dict[str, Any]:

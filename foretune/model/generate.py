@@ -37,9 +37,22 @@ def generate_answers(
     Returns:
         The answers without special tokens, stripped of surrounding white space, in the order of `prompts`.
     """
+    encoded = [_encode(tokenizer, prompt) for prompt in prompts]
+    return continue_tokens(model, tokenizer, encoded, max_new_tokens=max_new_tokens, batch_size=batch_size)
+
+
+def continue_tokens(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    batch_size: int,
+) -> list[str]:
+    """Go on greedily from prompts that are token ids already. Otherwise as `generate_answers`."""
     import torch
 
-    encoded = [_encode(tokenizer, prompt) for prompt in prompts]
+    encoded = [list(prompt) for prompt in prompts]
     order = sorted(range(len(encoded)), key=lambda index: -len(encoded[index]))
     answers = [""] * len(encoded)
     was_training, kept = model.training, model.generation_config

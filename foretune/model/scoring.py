@@ -91,6 +91,15 @@ def score_documents(
     )
 
 
+def fitting_device(model: torch.nn.Module) -> torch.device:
+    """The GPU if there is one with room for the model and a third more, else the CPU."""
+    if torch.cuda.is_available():
+        needed = sum(parameter.nbytes for parameter in model.parameters())
+        if torch.cuda.mem_get_info()[0] > needed * 4 // 3:
+            return torch.device("cuda")
+    return torch.device("cpu")
+
+
 def _nll(
     model: Any, batch: Rows, index: Int64Array, device: torch.device, *, split: bool, chunk_targets: int
 ) -> Float64Array:

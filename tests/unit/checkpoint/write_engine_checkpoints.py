@@ -13,11 +13,13 @@ from __future__ import annotations
 
 import argparse
 import gc
+import shutil
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+STORIES = Path(__file__).parents[2] / "models" / "stories260K"  # its tokenizer has 512 tokens
 VOCABULARY = 512
 STEP = 2
 
@@ -103,9 +105,9 @@ def write_case(name: str, folder: Path, device: Any) -> None:
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[case.precision]
     if rank == 0:
         torch.manual_seed(11)
-        AutoModelForCausalLM.from_config(model_config(case), dtype=torch.float32).to(dtype).save_pretrained(
-            folder / "base"
-        )
+        AutoModelForCausalLM.from_config(model_config(case), dtype=dtype).save_pretrained(folder / "base")
+        for file in ("tokenizer.json", "tokenizer_config.json"):
+            shutil.copy2(STORIES / file, folder / "base" / file)
     torch.distributed.barrier()
     config = deepspeed_config(case)
     with partitioned_loading(config):
