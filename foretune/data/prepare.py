@@ -31,7 +31,7 @@ from foretune.data.loader import DocumentStore
 from foretune.data.packing import Ints
 from foretune.data.selection import Selection, Wanted, heads, select
 from foretune.data.sources import FoundSource, RawTable, find_source, fingerprint_parts, hash_of, read_source
-from foretune.data.tokenise import BatchTokeniser, Encoder, num_processes, tokenise
+from foretune.data.tokenise import BatchTokeniser, Encoder, Recipe, num_processes, tokenise
 from foretune.errors import UserError
 from foretune.model.shape import read_shape
 
@@ -92,13 +92,17 @@ def prepare(
         work = _read_all(config, found, scratch / "raw", say)
         is_chat = any(form != "text" for item in work for form in item.forms)
         template = choose_template(tokenizer, file=config.data.chat_template, needed=is_chat)
-        encoder = Encoder(
-            tokenizer,
-            template,
+        # With the template that is used, so that evaluation, export and serving can't use another.
+        tokenizer.save_pretrained(str(scratch / "tokenizer"))
+        recipe = Recipe(
+            folder=str(scratch / "tokenizer"),
+            has_chats=is_chat,
             train_on_prompt=config.data.train_on_prompt,
             vocab_size=shape.vocab_size,
             model=str(model_folder),
+            trust_remote_code=config.trust_remote_code,
         )
+        encoder = Encoder(tokenizer, template, recipe)
         tokenised = _tokenise_all(config, work, encoder, scratch / "documents", say)
         wanted = Wanted(
             max_length=None if config.train.max_length == "auto" else config.train.max_length,
@@ -113,8 +117,6 @@ def prepare(
         selection.dropped.update(tokenised.dropped)
         _refuse_nothing(config, selection, tokenised)
         selection.index.save(scratch / "packs.npz")
-        # With the template that was used, so that evaluation, export and serving can't use another.
-        tokenizer.save_pretrained(str(scratch / "tokenizer"))
         shutil.rmtree(scratch / "raw", ignore_errors=True)
         prepared = _manifest(
             selection,

@@ -15,35 +15,49 @@ import json
 import os
 import warnings
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from foretune.artifacts import IGNORE_INDEX
-from foretune.data.chat_template import ChatTemplate, Rendered
+from foretune.data.chat_template import ChatTemplate, Rendered, choose_template, load_tokenizer
 from foretune.data.formats import Conversation, Dropped, Text, normalise
 from foretune.data.sources import Kind
 from foretune.errors import UserError
 
 #: Below this many bytes of rows per process, starting one costs more than it saves.
-_BYTES_PER_PROCESS = 16 << 20
+_BYTES_PER_PROCESS = 4 << 20
 Ids = NDArray[np.int32]
 Document = tuple[Ids, Ids]  # input_ids, labels
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What an `Encoder` can be made from in another process."""
+
+    folder: str  # the tokenizer, saved with its template
+    has_chats: bool
+    train_on_prompt: bool
+    vocab_size: int  # rows of the model's embedding
+    model: str  # for errors
+    trust_remote_code: bool
 
 
 class Encoder:
     """Turns lists of texts and conversations into documents, a whole list in one call of the tokenizer."""
 
-    def __init__(
-        self, tokenizer: Any, template: ChatTemplate, *, train_on_prompt: bool, vocab_size: int, model: str
-    ) -> None:
-        self.tokenizer, self.template, self.train_on_prompt = tokenizer, template, train_on_prompt
-        self._vocab_size, self._model = vocab_size, model
+    def __init__(self, tokenizer: Any, template: ChatTemplate, recipe: Recipe) -> None:
+        self.tokenizer, self.template, self.recipe = tokenizer, template, recipe
         self._eos = int(tokenizer.eos_token_id)
         self._cuts_freely = self._joins_cleanly()
         self._has_offsets = bool(tokenizer.is_fast)
         self._anchor = self._ids(["\n"])[0]
+
+    def __reduce__(self) -> tuple[Any, tuple[Recipe]]:
+        """Travels as its recipe: pickling a tokenizer of 150,000 tokens takes seconds, a fork has it already."""
+        return _encoder_of, (self.recipe,)
 
     def texts(self, texts: list[str], ends: list[tuple[bool, bool]]) -> list[Document]:
         """Plain texts. `ends`: whether each begins and whether it ends its document (long ones come in parts)."""
@@ -66,12 +80,14 @@ class Encoder:
 
     def check_vocabulary(self, ids: Ids) -> None:
         """Raises `UserError` if the model has no embedding for a token."""
-        if ids.size and int(ids.max()) >= self._vocab_size:
+        if ids.size and int(ids.max()) >= self.recipe.vocab_size:
             token = int(ids.max())
             written = self.tokenizer.convert_ids_to_tokens(token)
-            problem = f"its tokenizer writes token {token} ({written!r}), but its embedding has {self._vocab_size} rows"
+            problem = (
+                f"its tokenizer writes token {token} ({written!r}), but its embedding has {self.recipe.vocab_size} rows"
+            )
             mend = "use the tokenizer that belongs to the model, or resize the model's embedding and save it again"
-            raise UserError("model", self._model, problem, mend)
+            raise UserError("model", self.recipe.model, problem, mend)
 
     def _ids(self, texts: list[str]) -> list[list[int]]:
         if not texts:
@@ -146,9 +162,21 @@ class Encoder:
     def _finish(self, item: Rendered, ids: Ids, learned: NDArray[np.bool_]) -> Document:
         if item.append_eos:
             ids, learned = np.append(ids, np.int32(self._eos)), np.append(learned, True)
-        if self.train_on_prompt:
+        if self.recipe.train_on_prompt:
             return ids, ids
         return ids, np.where(learned, ids, np.int32(IGNORE_INDEX)).astype(np.int32)
+
+
+#: Encoders by recipe, as long as `tokenise` runs. A process that is forked then has its parent's.
+_ENCODERS: dict[Recipe, Encoder] = {}
+
+
+def _encoder_of(recipe: Recipe) -> Encoder:
+    if recipe not in _ENCODERS:
+        tokenizer = load_tokenizer(Path(recipe.folder), trust_remote_code=recipe.trust_remote_code)
+        template = choose_template(tokenizer, file=None, needed=recipe.has_chats)
+        _ENCODERS[recipe] = Encoder(tokenizer, template, recipe)
+    return _ENCODERS[recipe]
 
 
 def _segments(item: Rendered) -> list[tuple[str, bool]]:
@@ -278,6 +306,7 @@ def tokenise(table: Any, tokeniser: BatchTokeniser, target: str, *, num_proc: in
     before = os.environ.get("TOKENIZERS_PARALLELISM")
     if num_proc > 1:
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    _ENCODERS[tokeniser.encoder.recipe] = tokeniser.encoder
     was_shown = datasets.utils.logging.is_progress_bar_enabled()
     datasets.disable_progress_bars()
     try:
@@ -296,6 +325,7 @@ def tokenise(table: Any, tokeniser: BatchTokeniser, target: str, *, num_proc: in
                 new_fingerprint="foretune",
             )
     finally:
+        del _ENCODERS[tokeniser.encoder.recipe]
         if was_shown:
             datasets.enable_progress_bars()
         if before is None:
