@@ -14,6 +14,7 @@ import typer
 from foretune.config import Config, load_config
 from foretune.config.load import all_keys
 from foretune.errors import UserError
+from foretune.reporting.output import results_alone_on_stdout, show
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -160,7 +161,7 @@ def plan(
     if as_json:
         typer.echo(made.model_dump_json(indent=2))
     else:
-        _show(lambda width: [plan_view(made, why=why, width=width)])
+        show(lambda width: [plan_view(made, why=why, width=width)])
 
 
 @app.command()
@@ -227,6 +228,7 @@ def evaluate(
     task: Annotated[
         list[str] | None, typer.Option("--task", help="Evaluation task; may be given several times.")
     ] = None,
+    trust_remote_code: TrustRemoteCode = None,
     as_json: Json = False,
 ) -> None:
     """Measure loss and perplexity, of a run base against tuned, with confidence intervals.
@@ -236,19 +238,24 @@ def evaluate(
     from foretune import pipeline
     from foretune.reporting.tables import evaluation_view
 
-    report = pipeline.evaluate(what, data, tasks=task or ())
+    with results_alone_on_stdout():
+        report = pipeline.evaluate(
+            what, data, tasks=task or (), trust_remote_code=trust_remote_code or False, on_progress=_say
+        )
     if as_json:
         typer.echo(report.model_dump_json(indent=2))
     else:
-        _show(lambda width: [evaluation_view(report, width=width)])
+        show(lambda width: [evaluation_view(report, width=width)])
 
 
 @app.command()
 def export(
     what: Annotated[str, typer.Argument(metavar="RUN", help="Run folder.")],
-    to: Annotated[
-        Path | None, typer.Option("--to", help="Folder to write; RUN/export if not given.", show_default=False)
+    to: Annotated[Path | None, typer.Option("--to", help="Folder to write; RUN/export if not given.")] = None,
+    kind: Annotated[
+        list[str] | None, typer.Option("--kind", help="full, adapter or merged; all that there are if not given.")
     ] = None,
+    step: Annotated[int | None, typer.Option("--step", help="Of the checkpoint; the newest if not given.")] = None,
     as_json: Json = False,
 ) -> None:
     """Write a run's newest checkpoint as a Hugging Face folder, verified against what training computed.
@@ -258,13 +265,16 @@ def export(
     from foretune import pipeline
     from foretune.artifacts import RunFolder
 
-    models = pipeline.export(what, to)
+    with results_alone_on_stdout():
+        models = pipeline.export(what, to, kinds=kind or ("auto",), step=step, on_progress=_say)
     if as_json:
         typer.echo(json.dumps([model.model_dump(mode="json") for model in models], indent=2))
         return
+    target = to or RunFolder(Path(what)).export
     for model in models:
-        tolerance = f"logits differ by {model.max_logit_difference:.2g}, {model.logit_tolerance:.2g} is allowed"
-        typer.echo(f"{to or RunFolder(Path(what)).export}  {model.kind}, step {model.step}, {model.dtype}; {tolerance}")
+        folder = target if model.kind == "full" else target / model.kind
+        verified = f"logits differ by {model.max_logit_difference:.2g}, {model.logit_tolerance:.2g} is allowed"
+        typer.echo(f"{folder}  step {model.step}, {model.dtype}; verified: {verified}")
 
 
 @app.command()
@@ -318,7 +328,7 @@ def doctor(as_json: Json = False) -> None:
     if as_json:
         typer.echo(json.dumps([finding.as_json() for finding in findings], indent=2))
     else:
-        _show(lambda width: [findings_view(findings, width=width)])
+        show(lambda width: [findings_view(findings, width=width)])
 
 
 #: Options whose key has another name.
@@ -345,12 +355,13 @@ def _travel(
     out = out or default_out(config)
     names = [config.model, *(source.path for source in config.data.sources)]
     title = " · ".join(Path(name).name for name in names) + f" → {out}"
-    with open_view(title=title, stages=STAGES[: STAGES.index(until) + 1], quiet=quiet) as view:
+    stages = STAGES[: STAGES.index(until) + 1]
+    with results_alone_on_stdout(), open_view(title=title, stages=stages, quiet=quiet) as view:
         result = travel(config, out=out, nproc=nproc, until=until, on_event=view)
     if as_json:
         typer.echo(json.dumps(result.as_json(), indent=2, ensure_ascii=False))
     else:
-        _show(lambda width: _result_view(result, until, width))
+        show(lambda width: _result_view(result, until, width))
 
 
 def _result_view(result: RunResult, until: StageName, width: int) -> list[RenderableType]:
@@ -373,15 +384,8 @@ def _result_view(result: RunResult, until: StageName, width: int) -> list[Render
     return parts
 
 
-def _show(draw: Any) -> None:
-    """Print renderables on stdout. A pipe gets 100 columns and no colour."""
-    from rich.console import Console
-
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console = Console(highlight=False, width=100, no_color=True)
-    for part in draw(console.width):
-        console.print(part, soft_wrap=isinstance(part, str))
+def _say(message: str) -> None:
+    typer.echo(message, err=True)
 
 
 def _write(path: Path, text: str) -> None:

@@ -65,7 +65,7 @@ def opened(run: RunFolder, config: Config) -> Iterator[bool]:
         before = load_config(run.config) if run.config.is_file() else None
         if before is not None and layout.complete_steps(run.checkpoints):
             _refuse_other_wishes(run.path, before, config)
-        run.create()
+        _create(run)
         with _locked(run.path):
             if before != config:
                 write_atomically(run.config, to_yaml(config))
@@ -117,6 +117,20 @@ def _refuse_foreign_folder(out: Path) -> None:
         raise UserError(
             "--out", str(out), "is not empty and holds no run", f"give a new folder, for example --out {out / 'run'}"
         )
+
+
+def _create(run: RunFolder) -> None:
+    try:
+        run.create()
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise
+        raise UserError(
+            "--out",
+            str(run.path),
+            f"can't be made ({error.strerror})",
+            "give an --out in a folder that is yours to write",
+        ) from error
 
 
 def _refuse_other_wishes(out: Path, before: Config, now: Config) -> None:

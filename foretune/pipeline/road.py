@@ -150,9 +150,7 @@ class _Road:
         """Find the model (fetch or convert it if need be), clean and pack the data."""
         from foretune.data import prepare
 
-        def say(message: str) -> None:
-            self.tell(EventKind.PROGRESS, stage="prepare", message=message)
-
+        say = self._progress_of("prepare")
         before = _read(PreparedDataset, self.run.data)
         with self._stage("prepare") as done:
             say(f"finding {self.config.model}")
@@ -220,8 +218,10 @@ class _Road:
             return report
         from foretune.evaluation import evaluate_run
 
+        hide_progress_bars()
         with self._stage("evaluate") as done:
-            report = evaluate_run(self.run, self.config, data=None, tasks=self.config.evaluate.tasks)
+            say = self._progress_of("evaluate")
+            report = evaluate_run(self.run, self.config, tasks=self.config.evaluate.tasks, on_progress=say)
             done(evaluation_summary(report))
         return report
 
@@ -234,7 +234,7 @@ class _Road:
         from foretune.exporting import export_run
 
         with self._stage("export") as done:
-            exported = export_run(self.run, to=self.run.export)
+            exported = export_run(self.run, to=self.run.export, on_progress=self._progress_of("export"))
             worst = max(model.max_logit_difference for model in exported)
             done(f"{self.run.export} · verified, logits differ by at most {worst:.1g}")
         return tuple(exported)
@@ -253,6 +253,9 @@ class _Road:
             elif event["kind"] == EventKind.PREDICTED_AGAINST_MEASURED:
                 compared = event["quantities"]
         return phases, compared
+
+    def _progress_of(self, name: StageName) -> Callable[[str], None]:
+        return lambda message: self.tell(EventKind.PROGRESS, stage=name, message=message)
 
     @contextmanager
     def _stage(self, name: StageName, **payload: Any) -> Iterator[Callable[..., None]]:
@@ -339,6 +342,13 @@ def exported_models(folder: Path) -> tuple[ExportedModel, ...]:
     """The verified models in an export folder: itself, or one in each of its folders."""
     manifests = [folder / ExportedModel.file_name, *sorted(folder.glob(f"*/{ExportedModel.file_name}"))]
     return tuple(ExportedModel.read(path) for path in manifests if path.is_file())
+
+
+def hide_progress_bars() -> None:
+    """Of transformers, which would draw over ours. Call it where transformers is about to be imported anyway."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
 
 
 @contextmanager

@@ -8,7 +8,7 @@ Keys of the configuration are keyword arguments; a section is a mapping. All rai
 from __future__ import annotations
 
 import glob
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from foretune.config import Config, load_config
 from foretune.errors import UserError
 from foretune.model.source import default_cache, resolve_model
 from foretune.pipeline.folder import default_out, resolved
-from foretune.pipeline.road import EventSink, RunResult, exported_models, travel
+from foretune.pipeline.road import EventSink, RunResult, exported_models, hide_progress_bars, travel
 from foretune.planning.shapes import known_shape
 
 _PathLike = str | Path
@@ -143,26 +143,49 @@ def estimated_tokens(config: Config) -> int | None:
     return round(total / BYTES_PER_TOKEN) or None
 
 
-def evaluate(what: _PathLike, data: str | None = None, *, tasks: Sequence[str] = ()) -> EvaluationReport:
+def evaluate(
+    what: _PathLike,
+    data: str | None = None,
+    *,
+    tasks: Sequence[str] = (),
+    trust_remote_code: bool = False,
+    on_progress: Callable[[str], None] = lambda message: None,
+) -> EvaluationReport:
     """Loss and perplexity: of a run, base against tuned, on its held-out documents or `data`; of a model, on `data`."""
     path = Path(what).expanduser()
     if RunFolder.is_run(path):
-        from foretune.evaluation import evaluate_run
-
         folder = RunFolder(path)
         _require_checkpoint(folder)
+        from foretune.evaluation import evaluate_run
+
+        hide_progress_bars()
         config = load_config(folder.config)
-        return evaluate_run(folder, config, data=data, tasks=list(tasks) or config.evaluate.tasks)
-    model = _model_folder(str(what))
+        tasks = list(tasks) or config.evaluate.tasks
+        return evaluate_run(folder, config, data=data, tasks=tasks, on_progress=on_progress)
+    model = _model_folder(str(what), trust_remote_code=trust_remote_code)
     if data is None:
         raise UserError("--data", None, "is required to evaluate a model", "give a file of examples: --data FILE")
     from foretune.evaluation import evaluate_model
 
-    return evaluate_model(model, data=data)
+    hide_progress_bars()
+    return evaluate_model(model, data=data, tasks=tasks, trust_remote_code=trust_remote_code, on_progress=on_progress)
 
 
-def export(what: _PathLike, to: _PathLike | None = None) -> list[ExportedModel]:
-    """Write a run's newest checkpoint as a verified Hugging Face folder; ``RUN/export`` if `to` is not given."""
+def export(
+    what: _PathLike,
+    to: _PathLike | None = None,
+    *,
+    kinds: Sequence[str] = ("auto",),
+    step: int | None = None,
+    on_progress: Callable[[str], None] = lambda message: None,
+) -> list[ExportedModel]:
+    """Write a run's checkpoint as verified Hugging Face folders.
+
+    Args:
+        to: the folder; ``RUN/export`` if not given. Adapters get folders of their own in it: ``adapter``, ``merged``.
+        kinds: of ``full``, ``adapter``, ``merged``; ``auto`` is every kind that the method has.
+        step: of the checkpoint; the newest if not given.
+    """
     path = Path(what).expanduser()
     if not RunFolder.is_run(path):
         raise UserError(
@@ -172,7 +195,7 @@ def export(what: _PathLike, to: _PathLike | None = None) -> list[ExportedModel]:
     _require_checkpoint(folder)
     from foretune.exporting import export_run
 
-    return export_run(folder, to=_path(to) or folder.export)
+    return export_run(folder, to=_path(to) or folder.export, kinds=kinds, step=step, on_progress=on_progress)
 
 
 def serve(
