@@ -7,11 +7,13 @@ It is meant to be published: paths of this machine are cut to their last part.
 
 from __future__ import annotations
 
+import json
+import shlex
 from pathlib import Path, PurePath
 from typing import Any, Literal
 
 from foretune.artifacts import EvaluationReport, LossEstimate, Plan, PreparedDataset
-from foretune.config import Config
+from foretune.config import Config, DataConfig, DataSource, parse_setting
 
 #: Configuration keys that a command line gives by another name, or that name places.
 _NOT_SETTINGS = {"model", "method", "from_scratch"}
@@ -47,7 +49,7 @@ def model_card(
         _training(plan, step),
         f"## Verification\n\n{verified}",
         f"## Licence\n\n{_LICENCE}",
-        f"## Make it again\n\n```\n{command(config)}\n```",
+        f"## Make it again\n\n```\n{command(config, plan)}\n```",
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -58,44 +60,49 @@ def base_name(config: Config) -> str:
     return PurePath(config.model).name if looks_local else config.model
 
 
-def command(config: Config) -> str:
-    """The command line that makes the same model; what is at its default is left out."""
+def command(config: Config, plan: Plan) -> str:
+    """The command line that makes the same model: what is not at its default, and what ``auto`` became."""
     parts = ["foretune run", f"--model {base_name(config)}"]
-    parts.append(f"--data {' '.join(PurePath(source.path).name for source in config.data.sources)}")
+    (first, *others) = config.data.sources
+    sources = [{**source.model_dump(), "path": PurePath(source.path).name} for source in config.data.sources]
+    if others or first != DataSource(path=first.path):
+        parts.append(_setting("data.sources", sources))
+    else:
+        parts.append(f"--data {shlex.quote(sources[0]['path'])}")
     if config.method != "full":
         parts.append(f"--method {config.method}")
     if config.from_scratch:
         parts.append("--from-scratch")
-    changed = _changed(config.model_dump(mode="json"), _defaults(config), prefix="")
-    parts += [f"--set {key}={_plain(value)}" for key, value in changed]
-    return " \\\n  ".join(parts)
+    default = Config(model=config.model, data=DataConfig(sources=config.data.sources)).model_dump(mode="json")
+    changed = _changed(config.model_dump(mode="json"), default, prefix="")
+    changed |= {f"train.{key}": value for key, value in _decided(config, plan).items()}
+    return " \\\n  ".join([*parts, *(_setting(key, value) for key, value in changed.items())])
 
 
-def _defaults(config: Config) -> dict[str, Any]:
-    return Config.model_validate(
-        {"model": config.model, "data": {"sources": [source.model_dump() for source in config.data.sources]}}
-    ).model_dump(mode="json")
+def _decided(config: Config, plan: Plan) -> dict[str, Any]:
+    """What was left to the plan and changes the mathematics; other hardware might decide otherwise."""
+    keys = ("learning_rate", "global_batch_size", "max_length", "precision")
+    return {key: getattr(plan, key) for key in keys if getattr(config.train, key) == "auto"}
 
 
-def _changed(values: dict[str, Any], defaults: dict[str, Any], *, prefix: str) -> list[tuple[str, Any]]:
-    found: list[tuple[str, Any]] = []
+def _changed(values: dict[str, Any], defaults: dict[str, Any], *, prefix: str) -> dict[str, Any]:
+    """Dotted keys whose value is not the default."""
+    found: dict[str, Any] = {}
     for key, value in values.items():
         if not prefix and key in _NOT_SETTINGS:
             continue
         if isinstance(value, dict):
-            found += _changed(value, defaults[key], prefix=f"{prefix}{key}.")
+            found |= _changed(value, defaults[key], prefix=f"{prefix}{key}.")
         elif value != defaults[key]:
-            found.append((prefix + key, value))
+            found[prefix + key] = PurePath(value).name if key == "chat_template" else value
     return found
 
 
-def _plain(value: Any) -> str:
-    if isinstance(value, bool) or value is None:
-        return {True: "true", False: "false", None: "null"}[value]
-    if isinstance(value, list):
-        return "[" + ",".join(_plain(item) for item in value) + "]"
-    text = PurePath(value).name if isinstance(value, str) and "/" in value else str(value)
-    return f'"{text}"' if isinstance(value, str) and not text.isidentifier() else text
+def _setting(key: str, value: Any) -> str:
+    """``--set`` for a shell: plain text where it reads back as itself, else JSON, which is YAML."""
+    plain = isinstance(value, str) and parse_setting(f"{key}={value}")[1] == value
+    text = value if plain else json.dumps(value, ensure_ascii=False)
+    return f"--set {shlex.quote(f'{key}={text}')}"
 
 
 def _front_matter(config: Config, kind: str) -> str:

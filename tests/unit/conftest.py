@@ -23,6 +23,10 @@ from foretune.artifacts import (
 )
 from foretune.config import parse_config, to_yaml
 
+# Tiny models, several processes, few cores: OpenMP threads would wait for each other (a 40 x 40 matmul took 3 ms).
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
 STORIES = Path(__file__).parents[1] / "models" / "stories260K"
 WRITER = Path(__file__).parent / "checkpoint" / "write_engine_checkpoints.py"
 
