@@ -114,8 +114,8 @@ def _broken_line(file: Path) -> int:
 
 def _jsonl_rows(lines: Iterable[str]) -> Iterator[tuple[int, str]]:
     for number, line in enumerate(lines, 1):
-        if not line.isspace():
-            yield number, line.strip()
+        if row := line.strip():
+            yield number, row
 
 
 def _csv_rows(text: IO[str], file: Path, field: str) -> Iterator[tuple[int, str]]:
@@ -129,10 +129,10 @@ def _csv_rows(text: IO[str], file: Path, field: str) -> Iterator[tuple[int, str]
     line = 2
     try:
         for values in reader:
-            if len(values) > len(names):
-                problem = f"has {len(values)} fields, the header names {len(names)}"
-                raise UserError(field, f"{file}:{line}", problem, "quote fields that hold the separator")
-            if any(values):
+            if any(value.strip() for value in values):
+                if len(values) > len(names):
+                    problem = f"has {len(values)} fields, the header names {len(names)}"
+                    raise UserError(field, f"{file}:{line}", problem, "quote fields that hold the separator")
                 yield line, json.dumps(dict(zip(names, values, strict=False)), ensure_ascii=False)
             line = reader.line_num + 2
     except csv.Error as error:
