@@ -187,8 +187,8 @@ def _say(text: str) -> None:
     from foretune.reporting.units import printable
 
     head, separator, rest = printable(text).partition("\n")
-    console = Console(stderr=True, highlight=False)
-    console.print(Text.assemble((head, "bold red"), separator, rest), soft_wrap=not console.is_terminal)
+    # The terminal wraps: a command copied from here must be one line.
+    Console(stderr=True, highlight=False).print(Text.assemble((head, "bold red"), separator, rest), soft_wrap=True)
 
 
 if __name__ == "__main__":

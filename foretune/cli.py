@@ -375,7 +375,7 @@ def _result_view(result: RunResult, until: StageName, width: int) -> list[Render
     if result.predicted_against_measured:
         parts += ["", "[bold]predicted against measured[/]", tables.predicted_view(result.predicted_against_measured)]
     if result.evaluation is not None:
-        parts += ["", "[bold]held-out documents[/]", tables.evaluation_view(result.evaluation, width=width)]
+        parts += ["", "[bold]base against tuned[/]", tables.evaluation_view(result.evaluation, width=width)]
     parts.append("")
     if until == "train":
         parts.append(f"checkpoint: {result.checkpoint}\nnext: foretune export {result.out}")

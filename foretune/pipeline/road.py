@@ -36,7 +36,7 @@ from foretune.events import EventKind, Journal, read_events
 from foretune.model.source import resolve_model
 from foretune.pipeline.folder import default_out, opened, resolved
 from foretune.reporting.tables import evaluation_summary, plan_summary, prepared_summary
-from foretune.reporting.units import bytes_text, loss_text
+from foretune.reporting.units import bytes_text, loss_text, plural
 
 StageName = Literal["prepare", "plan", "train", "evaluate", "export"]
 STAGES: tuple[StageName, ...] = ("prepare", "plan", "train", "evaluate", "export")
@@ -160,6 +160,7 @@ class _Road:
                 trust_remote_code=self.config.trust_remote_code,
                 weights=not self.config.from_scratch,
             )
+            say("loading the tokenizer")
             prepared = prepare(self.config, model_folder=model, out=self.run.data, on_progress=say)
             self.data_reused = before is not None and before.fingerprint == prepared.fingerprint
             done(prepared_summary(prepared), skipped=self.data_reused)
@@ -199,6 +200,7 @@ class _Road:
             self.tell(EventKind.STAGE_SKIPPED, stage="train", reason=f"already done: {found[1].step} steps")
             return found[0]
         with self._stage("train", planned_memory_bytes=plan.predicted.gpu_memory_bytes) as done:
+            self._progress_of("train")(f"starting {plural(plan.world_size, 'rank')}")
             began = self.run.events.stat().st_size
             launch.train(self.run, plan, on_event=self.on_event)
             found = store.newest_complete(self.run.checkpoints)

@@ -24,6 +24,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from foretune.errors import Preempted
 from foretune.events import EventKind
 from foretune.reporting.state import RoadState, Stage
 from foretune.reporting.units import (
@@ -31,7 +32,6 @@ from foretune.reporting.units import (
     duration_text,
     learning_rate_text,
     loss_text,
-    plural,
     printable,
     rate_text,
 )
@@ -39,8 +39,8 @@ from foretune.reporting.units import (
 #: What a view is to its caller: something to hand every event to.
 View = Callable[[Mapping[str, Any]], None]
 
-_MARKS = {"waiting": "·", "running": "▸", "done": "✓", "skipped": "✓", "stopped": "✗"}
-_ASCII_MARKS = {"waiting": ".", "running": ">", "done": "+", "skipped": "+", "stopped": "x"}
+_MARKS = {"waiting": "·", "running": "▸", "done": "✓", "skipped": "✓", "paused": "■", "failed": "✗"}
+_ASCII_MARKS = {"waiting": ".", "running": ">", "done": "+", "skipped": "+", "paused": "=", "failed": "x"}
 _STYLES = {"waiting": "dim", "running": "bold cyan", "done": "green", "skipped": "dim green", "stopped": "bold red"}
 _BARS = "▁▂▃▄▅▆▇█"
 _NAME_WIDTH = 9
@@ -68,7 +68,7 @@ class PlainLines:
         self.console = console
         self.title = title
         self.state = RoadState(stages)
-        self._next_step = 0
+        self._next_step = self._next_saved = 0
         self._titled = False
 
     def __enter__(self) -> PlainLines:
@@ -76,7 +76,7 @@ class PlainLines:
 
     def __exit__(self, kind: object, error: object, trace: object) -> None:
         if kind is not None and (stage := self.state.running) is not None:
-            self._say(f"{stage.name}: stopped")
+            self._say(f"{stage.name}: stopped" + (" as asked" if _was_asked(kind) else ""))
 
     def __call__(self, event: Mapping[str, Any]) -> None:
         if not self._titled:
@@ -85,6 +85,10 @@ class PlainLines:
         self.state.update(event)
         for line in self._lines(event):
             self._say(line)
+
+    def _after(self, step: int) -> int:
+        """The step that is told next after this one."""
+        return step + max(1, self.state.total_steps // _PLAIN_STEP_LINES)
 
     def _say(self, line: str) -> None:
         # Not console.print: it would wrap at 80 columns, and a line of a log must stay one line.
@@ -99,24 +103,26 @@ class PlainLines:
             case EventKind.STAGE_SKIPPED | EventKind.STAGE_FINISHED:
                 stage = state.stages[str(event["stage"])]
                 yield f"{stage.name}: {_outcome(stage)}"
+            case EventKind.PROGRESS:
+                yield f"{event['stage']}: {event['message']}"
             case EventKind.NOTE:
                 yield f"note: {state.notes[-1]}"
             case EventKind.FAULT:
                 yield state.notes[-1]
             case EventKind.TRAINING_STARTED:
-                resumed = "" if state.resumed_from is None else f", going on after step {state.resumed_from}"
-                yield f"train: {state.total_steps} steps on {_ranks(state.world_size)}{resumed}"
-                self._next_step = 0
+                yield f"train: {state.total_steps} steps, {_detail(state.stages['train'])}"
+                self._next_step = self._next_saved = 0
             case EventKind.STEP:
                 if state.step >= self._next_step or state.step == state.total_steps:
-                    self._next_step = state.step + max(1, state.total_steps // _PLAIN_STEP_LINES)
+                    self._next_step = self._after(state.step)
                     yield f"train: step {state.step}/{state.total_steps}  {'  '.join(_figures(state))}"
             case EventKind.EVALUATED:
                 assert state.evaluated is not None
                 yield f"train: held-out loss {loss_text(state.evaluated[1])} at step {state.evaluated[0]}"
             case EventKind.CHECKPOINT_SAVED:
-                took = f" in {duration_text(float(event['seconds']))}" if event.get("seconds") is not None else ""
-                yield f"train: saved step {state.saved_step}{took}"
+                if state.step >= self._next_saved or state.step == state.total_steps or state.stop_reason:
+                    self._next_saved = self._after(state.step)
+                    yield f"train: saved step {state.saved_step} in {duration_text(float(event['seconds']))}"
             case EventKind.STOP_REQUESTED:
                 yield f"train: stopping after this step, then saving ({state.stop_reason})"
 
@@ -143,7 +149,7 @@ class LiveView:
 
     def __exit__(self, kind: object, error: object, trace: object) -> None:
         if kind is not None:
-            self.state.stop()
+            self.state.stop(asked=_was_asked(kind))
         for handler, stream in self._log_streams:
             handler.setStream(stream)
         self._live.stop()
@@ -163,8 +169,8 @@ def draw(state: RoadState, title: str, *, width: int, now: float, ascii_only: bo
     lines: list[RenderableType] = [Text(printable(title), style="bold", no_wrap=True, overflow="ellipsis")]
     for stage in state.stages.values():
         lines.append(_stage_line(stage, now, width, _ASCII_MARKS if ascii_only else _MARKS))
-        if stage.status in ("running", "stopped") and state.total_steps and stage.name == "train":
-            lines += _training(state, width, ascii_only)
+        if stage.status in ("running", "paused", "failed") and state.total_steps and stage.name == "train":
+            lines += _training(state, width, ascii_only, running=stage.status == "running")
     lines += [Text(f"  note: {printable(note)}", style="yellow") for note in state.notes[-_NOTES_SHOWN:]]
     return Group(*lines)
 
@@ -187,15 +193,19 @@ def _stage_line(stage: Stage, now: float, width: int, marks: Mapping[str, str]) 
     return row
 
 
+def _was_asked(kind: object) -> bool:
+    return isinstance(kind, type) and issubclass(kind, KeyboardInterrupt | Preempted)
+
+
 def _detail(stage: Stage) -> str:
     return printable(stage.detail).replace("\n", " ")
 
 
-def _training(state: RoadState, width: int, ascii_only: bool) -> list[RenderableType]:
+def _training(state: RoadState, width: int, ascii_only: bool, *, running: bool) -> list[RenderableType]:
     indent = "  " if width < 60 else "    "
     done = f"{state.step}/{state.total_steps}"
     share = f"{100 * state.step / state.total_steps:.0f} %"
-    left = state.seconds_left
+    left = state.seconds_left if running else None
     tail = "  ".join([done, share] + ([f"eta {duration_text(left)}"] if left is not None else []))
     bar_width = min(width - len(indent) - len(tail) - 2, 60)
     bar = Table.grid(padding=(0, 2, 0, 0))
@@ -209,7 +219,7 @@ def _training(state: RoadState, width: int, ascii_only: bool) -> list[Renderable
             Text(indent[:-2]), ProgressBar(state.total_steps, state.step, width=max(width - len(indent) - 1, 5))
         )
         lines = [bar, Text(indent + tail, no_wrap=True)]
-    if state.stop_reason:
+    if state.stop_reason and running:
         lines.append(Text(f"{indent}stopping after this step, then saving ({state.stop_reason})", style="bold yellow"))
     figures = _figures(state)
     if figures and not ascii_only:
@@ -276,7 +286,3 @@ def _outcome(stage: Stage) -> str:
         return _detail(stage)
     took = "" if stage.seconds is None else f" ({duration_text(stage.seconds)})"
     return f"{_detail(stage) or 'done'}{took}"
-
-
-def _ranks(world_size: int) -> str:
-    return plural(world_size, "rank")

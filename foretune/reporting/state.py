@@ -11,8 +11,9 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from foretune.events import EventKind
+from foretune.reporting.units import plural
 
-Status = Literal["waiting", "running", "done", "skipped", "stopped"]
+Status = Literal["waiting", "running", "done", "skipped", "paused", "failed"]
 
 #: Points kept for the loss curve; beyond it neighbours are averaged, so that a run of any length fits.
 _CURVE_POINTS = 512
@@ -105,6 +106,9 @@ class RoadState:
                 self.world_size = int(event.get("world_size", 0))
                 resumed_from = event.get("resumed_from")
                 self.resumed_from = None if resumed_from is None else self.step
+                if (stage := self.running) is not None:
+                    going_on = "" if self.resumed_from is None else f", going on after step {self.resumed_from}"
+                    stage.detail = plural(self.world_size, "rank") + going_on
             case EventKind.STEP:
                 self._update_step(event)
             case EventKind.EVALUATED:
@@ -121,10 +125,10 @@ class RoadState:
             case EventKind.PREDICTED_AGAINST_MEASURED:
                 self.predicted_against_measured = dict(event.get("quantities") or {})
 
-    def stop(self) -> None:
-        """The road ended before its end: whatever was running did not finish."""
+    def stop(self, *, asked: bool) -> None:
+        """The road ended before its end, as the user asked or not: whatever was running did not finish."""
         if (stage := self.running) is not None:
-            stage.status = "stopped"
+            stage.status = "paused" if asked else "failed"
 
     def _update_stage(self, event: Mapping[str, Any]) -> None:
         stage = self.stages.setdefault(str(event["stage"]), Stage(str(event["stage"])))

@@ -135,7 +135,7 @@ def evaluation_view(report: EvaluationReport, *, samples: int = 3, width: int = 
     """Base against tuned on the same tokens, with intervals, tasks and answers side by side."""
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="dim")
     table.add_column("")
-    estimates: list[tuple[str, LossEstimate]] = [("tuned", report.tuned)]
+    estimates: list[tuple[str, LossEstimate]] = [("tuned" if report.base else "model", report.tuned)]
     if report.base is not None:
         estimates.insert(0, ("base", report.base))
     for name, _ in estimates:
@@ -336,10 +336,10 @@ def _sample(sample: GenerationSample) -> Sequence[RenderableType]:
     table = Table.grid(padding=(0, 2, 0, 0))
     table.add_column(style="dim", no_wrap=True)
     table.add_column()
-    rows = [("prompt", sample.prompt), ("reference", sample.reference), ("base", sample.base), ("tuned", sample.tuned)]
-    for name, text in rows:
-        if text is not None:
-            table.add_row(name, Text(printable(_shorten(text)), style="bold" if name == "tuned" else ""))
+    answers = [("base", sample.base, ""), ("tuned", sample.tuned, "bold")] if sample.base is not None else []
+    rows = [("prompt", sample.prompt, ""), ("reference", sample.reference, ""), *answers]
+    for name, text, style in rows if answers else [*rows, ("model", sample.tuned, "bold")]:
+        table.add_row(name, Text(printable(_shorten(text)), style=style))
     return [_indented(table)]
 
 
@@ -359,11 +359,19 @@ def _shorten(text: str) -> str:
     return f"{text[:half]} […{len(text) - 2 * half} characters…] {text[-half:]}"
 
 
+_QUANTITIES = {
+    "gpu_memory_bytes": "memory of a rank",
+    "step_seconds": "step",
+    "tokens_per_second": "tokens/s",
+    "checkpoint_bytes": "checkpoint",
+}
+
+
 def _quantity_name(name: str) -> str:
-    return name.removesuffix("_bytes").removesuffix("_seconds").replace("_", " ")
+    return _QUANTITIES.get(name) or name.removesuffix("_bytes").removesuffix("_seconds").replace("_", " ")
 
 
 def _quantity_text(name: str, value: float) -> str:
-    if "bytes" in name:
+    if name.endswith("_bytes"):
         return bytes_text(value)
-    return duration_text(value) if "seconds" in name else f"{value:,.4g}"
+    return duration_text(value) if name.endswith("_seconds") else rate_text(value)

@@ -151,7 +151,10 @@ def test_a_view_that_saw_nothing_shows_nothing() -> None:
         assert console.file.getvalue() == ""  # type: ignore[attr-defined]
 
 
-def test_live_view_ends_with_the_last_state_and_marks_what_stopped(journal: Journal) -> None:
+@pytest.mark.parametrize(("error", "mark"), [(KeyboardInterrupt, "■"), (RuntimeError, "✗")])
+def test_live_view_ends_with_the_last_state_and_marks_what_stopped(
+    journal: Journal, error: type[BaseException], mark: str
+) -> None:
     write_run(journal, steps=5)
     console = Console(file=io.StringIO(), force_terminal=True, width=80)
 
@@ -159,13 +162,14 @@ def test_live_view_ends_with_the_last_state_and_marks_what_stopped(journal: Jour
         with LiveView(console, "title", STAGES) as view:
             for event in read_events(journal.path):
                 view(event)
-            raise KeyboardInterrupt
+            raise error
 
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(error):
         follow()
     last = console.file.getvalue().rpartition("title")[2]  # type: ignore[attr-defined]
-    assert "✗" in last
+    assert mark in last
     assert "5/200" in last
+    assert "eta" not in last
 
 
 def test_quiet_is_silent(journal: Journal) -> None:
