@@ -41,7 +41,14 @@ View = Callable[[Mapping[str, Any]], None]
 
 _MARKS = {"waiting": "·", "running": "▸", "done": "✓", "skipped": "✓", "paused": "■", "failed": "✗"}
 _ASCII_MARKS = {"waiting": ".", "running": ">", "done": "+", "skipped": "+", "paused": "=", "failed": "x"}
-_STYLES = {"waiting": "dim", "running": "bold cyan", "done": "green", "skipped": "dim green", "stopped": "bold red"}
+_STYLES = {
+    "waiting": "dim",
+    "running": "bold cyan",
+    "done": "green",
+    "skipped": "dim green",
+    "paused": "bold yellow",
+    "failed": "bold red",
+}
 _BARS = "▁▂▃▄▅▆▇█"
 _NAME_WIDTH = 9
 _NOTES_SHOWN = 3
