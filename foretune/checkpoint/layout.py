@@ -1,12 +1,12 @@
 """Names inside RUN/checkpoints/. No torch.
 
-    step-00000120/                 complete: it got this name last
-        manifest.json              `foretune.artifacts.Checkpoint`
-        engine/                    what DeepSpeed wrote
-        rank-00000.pt              random-number states of one rank
-        reference.safetensors      logits that an export must reproduce (last checkpoint of a training)
-        adapter_config.json        peft's, for LoRA
-    .step-00000240.partial/        being written, or left by a crash: never read
+step-00000120/                 complete: it got this name last
+    manifest.json              `foretune.artifacts.Checkpoint`
+    engine/                    what DeepSpeed wrote
+    rank-00000.pt              random-number states of one rank
+    reference.safetensors      logits that an export must reproduce (last checkpoint of a training)
+    adapter_config.json        peft's, for LoRA
+.step-00000240.partial/        being written, or left by a crash: never read
 """
 
 from __future__ import annotations

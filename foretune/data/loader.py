@@ -144,6 +144,17 @@ class Loader:
         bounds = zip(index.validation_offsets[:-1].tolist(), index.validation_offsets[1:].tolist(), strict=True)
         return self._deal([index.validation_pieces[start:stop] for start, stop in bounds])
 
+    def first_documents(self, count: int) -> list[Ints]:
+        """Tokens (int64) of up to `count` documents of at least two tokens, from step 0 on; the same on every rank."""
+        found: list[Ints] = []
+        for pack in self._epoch(0).tolist():
+            for piece in self._index.pack_pieces[self._index.pack_offsets[pack] : self._index.pack_offsets[pack + 1]]:
+                if self._lengths[piece] >= 2:
+                    found.append(self._read(int(piece))[0].astype(np.int64))
+                if len(found) == count:
+                    return found
+        return found
+
     def _epoch(self, epoch: int) -> Ints:
         if self._permutation[0] != epoch:
             generator = np.random.default_rng([self._seed, epoch])
@@ -178,13 +189,10 @@ class Loader:
         position_ids = np.broadcast_to(np.arange(length, dtype=np.int64), shape).copy()
         document_ids = np.full(shape, -1, dtype=np.int64)
         counting = np.arange(length, dtype=np.int64)
-        index = self._index
         for b, row in enumerate(rows):
             at = 0
             for piece in row.tolist():
-                ids, labels = self._store.read(
-                    int(index.documents[piece]), int(index.starts[piece]), int(index.stops[piece])
-                )
+                ids, labels = self._read(piece)
                 end = at + ids.size
                 input_ids[b, at:end] = ids
                 shift_labels[b, at : end - 1] = labels[1:]
@@ -193,6 +201,10 @@ class Loader:
                 at = end
             position_ids[b, at:] = counting[: length - at]
         return MicroBatch(input_ids, shift_labels, position_ids, document_ids)
+
+    def _read(self, piece: int) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+        index = self._index
+        return self._store.read(int(index.documents[piece]), int(index.starts[piece]), int(index.stops[piece]))
 
 
 def open_loader(

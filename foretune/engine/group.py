@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from datetime import timedelta
 
 import torch
@@ -13,12 +14,15 @@ from foretune.distributed import RankInfo
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 
 
-def open_group(rank: RankInfo) -> torch.device:
+def open_group(rank: RankInfo, *, deterministic: bool = False) -> torch.device:
     """Join the process group that torchrun's variables describe and return this rank's device.
 
-    A process that torchrun did not start becomes a group of one, on a port the system chooses.
+    A process that torchrun did not start becomes a group of one, on a port the system chooses. `deterministic` lets
+    torch choose only algorithms that repeat bit by bit (slower on a GPU).
     """
     import deepspeed
+
+    torch.use_deterministic_algorithms(deterministic)
 
     _without_compiler()
     if torch.cuda.is_available():
@@ -27,12 +31,17 @@ def open_group(rank: RankInfo) -> torch.device:
     else:
         device = torch.device("cpu")
     if "MASTER_ADDR" not in os.environ:  # the group of one; deepspeed looks for MPI when these are missing
-        store_port = torch.distributed.TCPStore("127.0.0.1", 0, 1, is_master=True, wait_for_workers=False).port
         os.environ.update(
-            MASTER_ADDR="127.0.0.1", MASTER_PORT=str(store_port), RANK="0", LOCAL_RANK="0", WORLD_SIZE="1"
+            MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()), RANK="0", LOCAL_RANK="0", WORLD_SIZE="1"
         )
     deepspeed.init_distributed(verbose=False, timeout=COLLECTIVE_TIMEOUT)
     return device
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
 
 
 def close_group() -> None:

@@ -18,7 +18,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from foretune.artifacts import Outcome, Plan, RunFolder
@@ -54,7 +54,12 @@ def train(run: RunFolder, plan: Plan, *, on_event: EventSink = lambda event: Non
     try:
         with (run.logs / "agent.log").open("ab") as log:
             agent = subprocess.Popen(
-                _command(run, plan), stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=_environment(plan), start_new_session=True
+                _command(run, plan),
+                stdout=log,
+                stderr=log,
+                stdin=subprocess.DEVNULL,
+                env=_environment(plan),
+                start_new_session=True,
             )
         try:
             with _stop_signals(run, journal, agent):
@@ -85,7 +90,6 @@ def _command(run: RunFolder, plan: Plan) -> list[str]:
         "--monitor-interval=0.1",
         "-m",
         "foretune.training.worker",
-        "--run",
         str(run.path),
     ]
 
@@ -136,26 +140,23 @@ def _end(agent: subprocess.Popen[bytes]) -> None:
     """Leave no process behind, however this one came to leave."""
     if agent.poll() is None:
         _signal_group(agent, signal.SIGTERM)
-        try:
+        with suppress(subprocess.TimeoutExpired):
             agent.wait(_SHUTDOWN_SECONDS)
-        except subprocess.TimeoutExpired:
-            pass
     # Ranks die with their agent (PR_SET_PDEATHSIG); the group's SIGKILL is for anything that they started.
     _signal_group(agent, signal.SIGKILL)
     agent.wait()
 
 
 def _signal_group(agent: subprocess.Popen[bytes], number: signal.Signals) -> None:
-    try:
+    with suppress(ProcessLookupError):
         os.killpg(agent.pid, number)
-    except ProcessLookupError:
-        pass
 
 
 def _forward(run: RunFolder, offset: int, on_event: EventSink) -> int:
     """Hand on the events since `offset`; returns the new offset."""
-    for event, offset in read_events_from(run.events, offset):  # noqa: B020 (the last offset is the result)
+    for event, next_offset in read_events_from(run.events, offset):
         on_event(event)
+        offset = next_offset
     return offset
 
 
@@ -170,7 +171,9 @@ def _conclude(run: RunFolder, plan: Plan, journal: Journal) -> None:
     steps = layout.complete_steps(run.checkpoints)
     if run.stop_request.exists() and not any(outcome.status in ("bug", "user_error") for outcome in outcomes.values()):
         raise Preempted(steps[0] if steps else 0)  # the second Ctrl-C: the work since the last checkpoint is gone
-    raise _error_of(run, outcomes, journal, last_checkpoint=str(layout.folder_of(run.checkpoints, steps[0])) if steps else None)
+    raise _error_of(
+        run, outcomes, journal, last_checkpoint=str(layout.folder_of(run.checkpoints, steps[0])) if steps else None
+    )
 
 
 def _error_of(
@@ -181,7 +184,9 @@ def _error_of(
         if outcome.status == "user_error":
             return UserError(outcome.field or "", outcome.value, outcome.problem or "", outcome.mend or "")
     failed = {rank: outcome for rank, outcome in outcomes.items() if outcome.status in ("machine_fault", "bug")}
-    telling = {rank: outcome for rank, outcome in failed.items() if not (outcome.cause or "").startswith("communication")}
+    telling = {
+        rank: outcome for rank, outcome in failed.items() if not (outcome.cause or "").startswith("communication")
+    }
     for rank, outcome in {**telling, **failed}.items():
         journal.write(EventKind.FAULT, cause=outcome.cause, rank=rank, step=outcome.step)
         cause = f"{outcome.cause} (whole story: {run.log_of(rank)})"

@@ -102,7 +102,10 @@ def checkpoint_layers(model: Any, count: int) -> None:
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     if count and not layers:
         raise UserError(
-            "plan.checkpointed_layers", count, f"{type(model).__name__} cannot recompute layers", "set plan.checkpointed_layers to 0"
+            "plan.checkpointed_layers",
+            count,
+            f"{type(model).__name__} cannot recompute layers",
+            "set plan.checkpointed_layers to 0",
         )
     recompute = partial(torch.utils.checkpoint.checkpoint, use_reentrant=False)
     for number, layer in enumerate(layers):
@@ -114,6 +117,14 @@ def _model_error(folder: Path, error: Exception) -> UserError:
     text = " ".join(str(error).split())[:300]
     if "trust_remote_code" in text:
         return UserError(
-            "trust_remote_code", False, f"the model in {folder} brings its own code", "read that code, then add --trust-remote-code"
+            "trust_remote_code",
+            False,
+            f"the model in {folder} brings its own code",
+            "read that code, then add --trust-remote-code",
         )
-    return UserError("model", str(folder), f"transformers cannot load it: {text}", "check that the folder is a complete causal language model")
+    return UserError(
+        "model",
+        str(folder),
+        f"transformers cannot load it: {text}",
+        "check that the folder is a complete causal language model",
+    )

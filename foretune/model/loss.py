@@ -19,7 +19,13 @@ import torch.nn.functional as F
 from foretune.artifacts import IGNORE_INDEX
 
 #: A head that does more than a linear map with one of these set in its config is left to the model's own code.
-_HEAD_EXTRAS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "output_multiplier_scale", "lm_head_multiplier")
+_HEAD_EXTRAS = (
+    "final_logit_softcapping",
+    "logit_scale",
+    "logits_scaling",
+    "output_multiplier_scale",
+    "lm_head_multiplier",
+)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -68,7 +74,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
         scaled = [
-            gradient * grad_output.to(gradient.dtype) if gradient is not None else None for gradient in ctx.saved_tensors
+            gradient * grad_output.to(gradient.dtype) if gradient is not None else None
+            for gradient in ctx.saved_tensors
         ]
         return (*scaled, None, None)
 

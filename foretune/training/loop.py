@@ -1,10 +1,10 @@
 """The loop, and nothing but the loop.
 
-    for each step:  batch = loader.step(step)                 a pure function of the step number
-                    for each micro-batch: forward, backward
-                    engine.step(learning rate)                reduce, clip, update
-                    one reduction tells every rank the loss and whether to stop
-                    hooks                                     journal, checkpoint
+for each step:  batch = loader.step(step)                 a pure function of the step number
+                for each micro-batch: forward, backward
+                engine.step(learning rate)                reduce, clip, update
+                one reduction tells every rank the loss and whether to stop
+                hooks                                     journal, checkpoint
 """
 
 from __future__ import annotations

@@ -53,11 +53,11 @@ def write_reference_logits(engine: Engine, loader: Loader, path: Path) -> None:
     """Write what the trained engine says on fixed rows, for an export to reproduce.
 
     File: ``input_ids``, ``attention_mask`` int64 [8, T]; ``positions`` int64 [8, P]; ``logits`` float32 [8, P, V].
-    Rows are the starts of the first documents of batch 0, padded on the right. Rank 0 writes.
+    Rows are the starts of the first documents of step 0, padded on the right. Rank 0 writes.
     """
     from safetensors.torch import save_file
 
-    rows = [tokens[:_REFERENCE_TOKENS] for tokens, _ in _documents(loader, _REFERENCE_ROWS)]
+    rows = [tokens[:_REFERENCE_TOKENS] for tokens in loader.first_documents(_REFERENCE_ROWS)]
     length = max(len(row) for row in rows)
     input_ids = np.zeros((len(rows), length), dtype=np.int64)
     attention_mask = np.zeros_like(input_ids)
@@ -70,13 +70,11 @@ def write_reference_logits(engine: Engine, loader: Loader, path: Path) -> None:
     was_training = engine.module.training
     engine.module.eval()
     with torch.no_grad():
-        logits = engine(
-            input_ids=ids.to(engine.device), attention_mask=mask.to(engine.device), use_cache=False
-        ).logits
+        logits = engine(input_ids=ids.to(engine.device), attention_mask=mask.to(engine.device), use_cache=False).logits
     engine.module.train(was_training)
     if engine.rank == 0:
-        chosen = logits.float().cpu().gather(
-            1, torch.from_numpy(positions)[:, :, None].expand(-1, -1, logits.shape[-1])
+        chosen = (
+            logits.float().cpu().gather(1, torch.from_numpy(positions)[:, :, None].expand(-1, -1, logits.shape[-1]))
         )
         tensors = {
             "input_ids": ids,
@@ -97,16 +95,7 @@ def _plain_nll(engine: Engine, tokens: np.ndarray, labels: np.ndarray) -> torch.
 def _two_documents(loader: Loader) -> list[tuple[np.ndarray, np.ndarray]] | None:
     """Two documents' (tokens, shifted labels), cut short, every token a target."""
     found = []
-    for tokens, _ in _documents(loader, 2):
+    for tokens in loader.first_documents(2):
         cut = tokens[: _PROBE_TOKENS + 1]
         found.append((cut[:-1].copy(), cut[1:].copy()))
     return found if len(found) == 2 else None
-
-
-def _documents(loader: Loader, count: int) -> list[tuple[np.ndarray, np.ndarray]]:
-    """(tokens, shifted labels) of the first documents with at least two tokens, the same on every rank."""
-    found: list[tuple[np.ndarray, np.ndarray]] = []
-    for tokens, labels in loader.first_documents(count):
-        if len(tokens) >= 2:
-            found.append((tokens, labels))
-    return found

@@ -34,3 +34,9 @@ class TrainState:
         """Restore what `state_dict` gave."""
         for field in fields(self):
             setattr(self, field.name, values[field.name])
+
+    def breakdown(self) -> dict[str, float]:
+        """Seconds by phase, with what no phase accounts for as "other". Checkpoints are written between the steps."""
+        phases = {phase: round(value, 3) for phase, value in (self.seconds_by_phase or {}).items()}
+        inside = sum(value for phase, value in phases.items() if phase != "checkpoint")
+        return {**phases, "other": round(max(0.0, self.seconds - inside), 3)}

@@ -1,0 +1,106 @@
+"""Builds what the loop is given: engine, loader, hooks. Building is not looping."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from foretune.checkpoint import layout
+from foretune.data import Loader, open_loader
+from foretune.engine import DeepSpeedEngine, Engine, build_optimizer, partitioned_loading
+from foretune.errors import MachineFault
+from foretune.events import EventKind
+from foretune.model import loading
+from foretune.model.adapters import add_adapters, save_adapter_config
+from foretune.model.loss import attach_loss
+from foretune.training.assignment import Assignment
+from foretune.training.hooks import AccountingHook, CheckpointHook, JournalHook
+from foretune.training.loop import Hook
+from foretune.training.probes import ISOLATION_TOLERANCE, isolation_error, write_reference_logits
+
+
+def build_engine(assignment: Assignment, device: torch.device) -> tuple[DeepSpeedEngine, Any]:
+    """Engine and model, in the one order that works: configuration, weights, adapters, loss, optimizer, DeepSpeed."""
+    config, plan = assignment.config, assignment.plan
+    folder = Path(plan.model)
+    model_config = loading.load_config(folder, trust_remote_code=config.trust_remote_code)
+    changed = loading.override_dropout(model_config, config.train.dropout)
+    if changed:
+        names = ", ".join(f"{name} {value}" for name, value in changed.items())
+        assignment.tell(
+            EventKind.NOTE,
+            message=f"dropout is {config.train.dropout}, not the model's ({names}); train.dropout: model keeps it",
+        )
+    with partitioned_loading(plan.deepspeed_config):
+        model = loading.load_model(
+            folder,
+            config=model_config,
+            precision=plan.precision,
+            from_scratch=config.from_scratch,
+            trust_remote_code=config.trust_remote_code,
+            seed=config.train.seed,
+        )
+    if plan.method == "lora":
+        model = add_adapters(model, config.lora, seed=config.train.seed)
+    loading.checkpoint_layers(model, plan.checkpointed_layers)
+    attach_loss(model, chunk_tokens=plan.loss_chunk_tokens)
+    if plan.zero_stage < 3:
+        model.to(device)
+    optimizer = build_optimizer(model.parameters(), config.train, learning_rate=plan.learning_rate)
+    engine = DeepSpeedEngine(model, optimizer, plan.deepspeed_config, device=device, save_frozen=plan.method != "lora")
+    # Dropout draws from here on: different on every rank, the same on every start.
+    torch.manual_seed(config.train.seed + assignment.rank.rank)
+    return engine, model
+
+
+def build_loader(assignment: Assignment, engine: Engine) -> Loader:
+    """The loader; unpacked where this model does not isolate packed documents (same batches, same mathematics)."""
+    plan, rank = assignment.plan, assignment.rank
+    open_as = partial(
+        open_loader,
+        assignment.run.data,
+        seed=assignment.config.train.seed,
+        global_batch_size=plan.global_batch_size,
+        rank=rank.rank,
+        world_size=rank.world_size,
+        micro_batch_size=plan.micro_batch_size_per_gpu,
+    )
+    loader = open_as(packing=plan.packing)
+    error = isolation_error(engine, loader)
+    tolerance = ISOLATION_TOLERANCE[plan.precision]
+    if error is None or error <= tolerance:
+        return loader
+    if not plan.packing:
+        raise MachineFault(f"the fused loss is {error:.2g} nats a token off the model's own (bound {tolerance:g})")
+    assignment.tell(
+        EventKind.NOTE,
+        message=f"this model does not keep packed documents apart ({error:.2g} nats a token): each gets its own row",
+    )
+    return open_as(packing=False)
+
+
+def build_hooks(assignment: Assignment, engine: Engine, model: Any, loader: Loader) -> list[Hook]:
+    """What is called after each step, in this order: journal, accounts, checkpoint."""
+    run, plan = assignment.run, assignment.plan
+
+    def write_extras(folder: Path) -> None:
+        if plan.method == "lora" and engine.rank == 0:
+            save_adapter_config(model, folder)
+
+    checkpoint = CheckpointHook(
+        engine,
+        checkpoints=run.checkpoints,
+        plan=plan,
+        fingerprint=assignment.prepared.fingerprint,
+        keep=assignment.config.checkpoint.keep,
+        journal=assignment.journal,
+        write_extras=write_extras,
+        write_final=lambda folder: write_reference_logits(engine, loader, folder / layout.REFERENCE),
+    )
+    hooks: list[Hook] = [AccountingHook(), checkpoint]
+    if assignment.journal is not None:
+        hooks.insert(0, JournalHook(assignment.journal, device=engine.device, tensorboard=run.tensorboard))
+    return hooks

@@ -1,0 +1,66 @@
+"""Going on from the newest complete checkpoint: engine, random numbers, state. The data position is arithmetic."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from foretune.artifacts import Checkpoint
+from foretune.checkpoint import layout, store
+from foretune.checkpoint.snapshot import load_random_state
+from foretune.engine import Engine
+from foretune.errors import UserError
+from foretune.events import EventKind
+from foretune.training.assignment import Assignment
+from foretune.training.state import TrainState
+
+
+def resume(assignment: Assignment, engine: Engine) -> tuple[TrainState, str | None]:
+    """The state to go on from and the name of the checkpoint it came from (None: from the beginning).
+
+    Raises:
+        UserError: the checkpoints are of other data, or of another layout of ranks.
+    """
+    state = TrainState()
+    chosen: list[str | None] = [None]
+    if assignment.rank.is_main:  # one rank verifies and chooses, so that all load the same
+        found = store.newest_complete(
+            assignment.run.checkpoints,
+            on_passed_over=lambda message: assignment.tell(EventKind.NOTE, message=message),
+        )
+        chosen = [str(found[0]) if found else None]
+    if assignment.rank.world_size > 1:
+        torch.distributed.broadcast_object_list(chosen, src=0)
+    if chosen[0] is None:
+        return state, None
+    folder = Path(chosen[0])
+    manifest = Checkpoint.read(folder / layout.MANIFEST)
+    _check_same_run(manifest, assignment)
+    engine.load(folder)
+    load_random_state(folder / layout.rank_file(assignment.rank.rank))
+    state.load_state_dict(manifest.train_state)
+    return state, folder.name
+
+
+def _check_same_run(manifest: Checkpoint, assignment: Assignment) -> None:
+    """A checkpoint continues the run it came from and no other."""
+    plan = assignment.plan
+    if manifest.fingerprint != assignment.prepared.fingerprint:
+        raise UserError(
+            "data",
+            assignment.prepared.fingerprint[:12],
+            "the checkpoints were made from other data",
+            "give another --out, or delete the checkpoints",
+        )
+    wanted = {
+        "--nproc": (manifest.world_size, assignment.rank.world_size),
+        "plan.zero_stage": (manifest.zero_stage, plan.zero_stage),
+        "train.precision": (manifest.precision, plan.precision),
+        "method": (manifest.method, plan.method),
+    }
+    for field, (then, now) in wanted.items():
+        if then != now:
+            raise UserError(
+                field, now, f"the checkpoints were made with {then}", f"set it to {then}, or give another --out"
+            )
