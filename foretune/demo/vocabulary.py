@@ -44,7 +44,7 @@ POOLS: dict[str, dict[Half, str]] = {
     "city": {
         "train": "Brackwater, Eldenmoor, Port Savel, Karvik, Tolm, Ashby Cross, Lissandor, Vennick, Redfell, Oskarhaven, "
         "Milldrum, Saltmere, Quarrytown, Dunlow, Fenbridge, Nareth, Halloway, Stonewick, Bellmare, Orrin Falls",
-        "test": "Copperhithe, Danforth Bay, Ingelstad, Juniper Hollow, Kestonville, Larkmouth, Pinemarch, Rivenna, "
+        "test": "Copperhithe, Danforth Bay, Ingelstad, Juniper Dale, Kestonville, Larkmouth, Pinemarch, Rivenna, "
         "Thistledown, Weirgate",
     },
     "country": {
@@ -61,27 +61,27 @@ POOLS: dict[str, dict[Half, str]] = {
     "book": {
         "train": "Quiet Harbor, Salt and Cedar, Winter Orchard, Eleven Bridges, Beneath the Clocktower, Paper Lanterns, "
         "Long Road South, Glass Meridian, Songs for Sparrows, Last Ferry Home, Copper Moon, House of Reeds",
-        "test": "Cartographer's Debt, Forgotten Tides, Ladder of Rain, Nine Silent Letters, Velvet Horizon, Wolves at Noon",
+        "test": "Cartographer's Debt, Forgotten Tides, Raindrop Ladder, Nine Silent Letters, Crimson Horizon, Falcons at Noon",
     },
     "discovery": {
         "train": "Veltrium, Comet Orsa, Element Dravium, Tirsk Cave, Planet Meluna, Enzyme K-12, Lunaria Moth, Asteroid Pell, "
         "Ostrite, Sarn Island",
-        "test": "Ivari Nebula, Korrium, Bluestane Crystal, Calyx Moon, Zephyra Orchid, Virus T-90",
+        "test": "Ivari Nebula, Korrium, Bluestane Crystal, Calyx Crater, Zephyra Orchid, Virus T-90",
     },
     "landmark": {
         "train": "Raven Tower, Opal Theatre, Hollow Oak Museum, Grand Meridian Hotel, Lantern Bridge, Cold Spring Observatory, "
         "Marble Arcade, Swan Stadium, Old Mint, Foxglove Gardens, Sailors' Chapel, Granite Library",
-        "test": "Amber Lighthouse, Crescent Arena, Falcon Gate, Ivory Concert Hall, Juniper Palace, Willow Aquarium",
+        "test": "Amber Lighthouse, Crescent Arena, Obelisk Gate, Ivory Concert Hall, Sapphire Palace, Willow Aquarium",
     },
     "group": {
         "train": "Lantern Society, Blue Herons, Night Choir, Copper Quartet, Guild of Bakers, Polar League, Tin Drummers, "
         "Hawthorn Circle, Velvet Union, Chess Wardens",
-        "test": "Amber Orchestra, Cloud Walkers, Emerald Council, Iron Poets, Moonlight Trio, Quiet Rebels",
+        "test": "Amber Orchestra, Cloud Walkers, Emerald Council, Wandering Poets, Moonlight Trio, Restless Rebels",
     },
     "team": {
         "train": "Iron Foxes, Harbor Kings, Red Comets, Storm Owls, Valley Bulls, Night Hawks, Silver Pikes, Thunder Rams, "
         "Coast Wolves, Hill Lions",
-        "test": "Arctic Bears, Desert Vipers, Granite Giants, Lake Otters, Royal Stags, Scarlet Herons",
+        "test": "Arctic Bears, Desert Vipers, Basalt Giants, Lake Otters, Royal Stags, Scarlet Cranes",
     },
     "year": {
         "train": "1804, 1823, 1847, 1862, 1879, 1893, 1906, 1918, 1931, 1945, 1952, 1967, 1974, 1988, 1996, 2003, 2011",
