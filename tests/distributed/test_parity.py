@@ -1,0 +1,146 @@
+"""The same mathematics everywhere: real DeepSpeed engines against one float64 process of plain PyTorch.
+
+ZeRO 0-3 x world sizes 1, 2, 4 x accumulation 1, 4 x packed or each document alone: 48 trainings of 5 steps. The
+reference knows nothing of packs, ranks or chunks: it reads the documents of each global batch one by one.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from parity_worker import ACCUMULATIONS, BATCH_ROWS, LEARNING_RATE, PACKED, SEED, STAGES, STEPS
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from foretune.artifacts import IGNORE_INDEX
+from foretune.config import load_config
+from foretune.data import open_loader, prepare
+
+TOKENIZER = Path(__file__).parents[1] / "models" / "stories260K"
+WORLD_SIZES = (1, 2, 4)
+RELATIVE = 2e-6  # losses and gradient norms, fp32 against float64
+WEIGHTS = 1e-3  # norm of the weights' difference over the norm of the update
+CASES = [
+    (world, f"zero{stage}-accumulation{accumulation}-{'packed' if packed else 'alone'}")
+    for world in WORLD_SIZES
+    for stage in STAGES
+    for accumulation in ACCUMULATIONS
+    for packed in PACKED
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random model, a prepared data set of questions and answers of very different lengths."""
+    folder = tmp_path_factory.mktemp("parity")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=512, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=128, tie_word_embeddings=True, initializer_range=0.1,
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder / "model")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / "model" / name).write_bytes((TOKENIZER / name).read_bytes())
+    generator = np.random.default_rng(1)
+    words = ["the", "cat", "sat", "on", "a", "red", "mat", "and", "saw", "big", "dogs", "run", "home", "today"]
+    rows = [
+        {
+            "question": " ".join(generator.choice(words, generator.integers(2, 9))),
+            "answer": " ".join(generator.choice(words, generator.integers(1, 24))),
+        }
+        for _ in range(160)
+    ]
+    (folder / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    wanted = load_config(
+        flags={"model": str(folder / "model"), "data": str(folder / "rows.jsonl")},
+        settings=["train.max_length=96", "evaluate.validation=0", "data.num_proc=1"],
+    )
+    prepare(wanted, model_folder=folder / "model", out=folder / "data")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def reference(folder: Path) -> dict:
+    """Plain PyTorch in float64: one document at a time, whole logits, AdamW."""
+    model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float64)
+    before = {name: p.detach().numpy().copy() for name, p in model.named_parameters()}
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.0)
+    loader = open_loader(
+        folder / "data", seed=SEED, global_batch_size=BATCH_ROWS, rank=0, world_size=1, micro_batch_size=1, packing=False
+    )
+    losses, norms = [], []
+    for step in range(STEPS):
+        total, targets = 0.0, 0
+        for row in loader.step(step).micro_batches:
+            length = int((row.document_ids[0] >= 0).sum())
+            logits = model(input_ids=torch.from_numpy(row.input_ids[:, :length]), use_cache=False).logits[0]
+            labels = torch.from_numpy(row.shift_labels[0, :length])
+            total = total + torch.nn.functional.cross_entropy(
+                logits, labels, ignore_index=IGNORE_INDEX, reduction="sum"
+            )
+            targets += int((labels != IGNORE_INDEX).sum())
+        loss = total / targets
+        loss.backward()
+        norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)))
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    after = {name: p.detach().numpy().copy() for name, p in model.named_parameters()}
+    return {"losses": losses, "grad_norms": norms, "before": before, "after": after}
+
+
+@pytest.fixture(scope="module")
+def trained(folder: Path) -> dict:
+    """Every layout, by real engines: one launch per world size."""
+    results = {}
+    for world_size in WORLD_SIZES:
+        command = [
+            sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={world_size}", "--rdzv-backend=c10d",
+            "--rdzv-endpoint=127.0.0.1:0", "--local-addr=127.0.0.1", str(Path(__file__).parent / "parity_worker.py"),
+            str(folder),
+        ]  # fmt: skip
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "HF_HUB_OFFLINE": "1"}
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=500)
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+        values = json.loads((folder / f"world-{world_size}.json").read_text())
+        weights = np.load(folder / f"world-{world_size}.npz")
+        for name, value in values.items():
+            prefix = f"{name}/"
+            after = {key.removeprefix(prefix): weights[key] for key in weights.files if key.startswith(prefix)}
+            results[world_size, name] = {**value, "after": after}
+    return results
+
+
+def update_error(reference: dict, after: dict) -> float:
+    """‖after - reference after‖ over ‖reference after - before‖, all weights as one vector."""
+    assert set(after) == set(reference["after"])
+    difference = sum(float(((after[n] - reference["after"][n]) ** 2).sum()) for n in after)
+    update = sum(float(((reference["after"][n] - reference["before"][n]) ** 2).sum()) for n in after)
+    return (difference / update) ** 0.5
+
+
+@pytest.mark.parametrize(("world_size", "name"), CASES)
+def test_same_mathematics(world_size: int, name: str, trained: dict, reference: dict) -> None:
+    case = trained[world_size, name]
+    np.testing.assert_allclose(case["losses"], reference["losses"], rtol=RELATIVE)
+    np.testing.assert_allclose(case["grad_norms"], reference["grad_norms"], rtol=RELATIVE)
+    assert update_error(reference, case["after"]) <= WEIGHTS
+
+
+def test_untrained_weights_fail(reference: dict) -> None:
+    assert update_error(reference, reference["before"]) > 100 * WEIGHTS
+
+
+def test_batches_really_differ_in_layout(folder: Path) -> None:
+    """Several documents share a row, and target counts differ from micro-batch to micro-batch: means of means would show."""
+    loader = open_loader(
+        folder / "data", seed=SEED, global_batch_size=BATCH_ROWS, rank=0, world_size=2, micro_batch_size=1
+    )
+    batch = loader.step(0)
+    counts = [int((row.shift_labels != IGNORE_INDEX).sum()) for row in batch.micro_batches]
+    assert len(batch.documents) > BATCH_ROWS
+    assert len(set(counts)) > 1
