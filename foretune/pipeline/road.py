@@ -34,6 +34,7 @@ from foretune.config import Config
 from foretune.errors import UserError
 from foretune.events import EventKind, Journal, read_events
 from foretune.model.source import resolve_model
+from foretune.pipeline.first_look import look_at_model
 from foretune.pipeline.folder import default_out, opened, resolved
 from foretune.reporting.tables import evaluation_summary, plan_summary, prepared_summary
 from foretune.reporting.units import bytes_text, loss_text, plural
@@ -160,6 +161,8 @@ class _Road:
                 trust_remote_code=self.config.trust_remote_code,
                 weights=not self.config.from_scratch,
             )
+            trust, weights = self.config.trust_remote_code, not self.config.from_scratch
+            look_at_model(model, trust_remote_code=trust, weights=weights)
             say("loading the tokenizer")
             prepared = prepare(self.config, model_folder=model, out=self.run.data, on_progress=say)
             self.data_reused = before is not None and before.fingerprint == prepared.fingerprint

@@ -18,6 +18,7 @@ from foretune.checkpoint import layout
 from foretune.config import Config, load_config
 from foretune.errors import UserError
 from foretune.model.source import default_cache, resolve_model
+from foretune.pipeline.first_look import look_at_model
 from foretune.pipeline.folder import default_out, resolved
 from foretune.pipeline.road import EventSink, RunResult, exported_models, hide_progress_bars, travel
 from foretune.planning.shapes import known_shape
@@ -162,9 +163,10 @@ def evaluate(
         config = load_config(folder.config)
         tasks = list(tasks) or config.evaluate.tasks
         return evaluate_run(folder, config, data=data, tasks=tasks, on_progress=on_progress)
-    model = _model_folder(str(what), trust_remote_code=trust_remote_code)
     if data is None:
         raise UserError("--data", None, "is required to evaluate a model", "give a file of examples: --data FILE")
+    model = _model_folder(str(what), trust_remote_code=trust_remote_code)
+    look_at_model(model, trust_remote_code=trust_remote_code)
     from foretune.evaluation import evaluate_model
 
     hide_progress_bars()
