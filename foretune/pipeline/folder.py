@@ -30,13 +30,19 @@ _NAME_CHARACTERS = 30  # two of them in UTF-8, and the hash, stay below the 255 
 
 
 def resolved(config: Config) -> Config:
-    """The same configuration with local paths made absolute, so that it means the same from any folder."""
-    sources = [source.model_copy(update={"path": _absolute(source.path)}) for source in config.data.sources]
+    """The same configuration with local paths made absolute, so that it means the same from any folder.
+
+    Raises:
+        UserError: a path that begins with the ``~`` of a user who is not here.
+    """
+    sources = [
+        source.model_copy(update={"path": _absolute(f"data.sources[{index}].path", source.path)})
+        for index, source in enumerate(config.data.sources)
+    ]
     template = config.data.chat_template
-    data = config.data.model_copy(
-        update={"sources": sources, "chat_template": template if template is None else _absolute(template)}
-    )
-    return config.model_copy(update={"model": _absolute(config.model), "data": data})
+    template = None if template is None else _absolute("data.chat_template", template)
+    data = config.data.model_copy(update={"sources": sources, "chat_template": template})
+    return config.model_copy(update={"model": _absolute("model", config.model), "data": data})
 
 
 def default_out(config: Config) -> Path:
@@ -72,10 +78,20 @@ def opened(run: RunFolder, config: Config) -> Iterator[bool]:
             yield before is not None and _flat(before, without=_FREE_KEYS) == _flat(config, without=_FREE_KEYS)
 
 
-def _absolute(name: str) -> str:
+def expanded(field: str, name: str | os.PathLike[str]) -> Path:
+    """A path with its ``~`` replaced. Raises `UserError` where pathlib would raise a RuntimeError."""
+    try:
+        return Path(name).expanduser()
+    except RuntimeError:
+        raise UserError(
+            field, str(name), "there is no such user", "write the whole path, or ./~… for that name"
+        ) from None
+
+
+def _absolute(field: str, name: str) -> str:
     """An absolute path for what is here; a hub id, or a path that is missing, stays as it was written."""
-    path = Path(name).expanduser()
-    if path.exists():
+    path = expanded(field, name)
+    if os.path.exists(path):  # Path.exists raises on a name that is too long
         return str(path.resolve())
     if glob.has_magic(name) and not path.is_absolute() and glob.glob(str(path), recursive=True):
         return str(Path.cwd() / path)

@@ -8,6 +8,7 @@ Keys of the configuration are keyword arguments; a section is a mapping. All rai
 from __future__ import annotations
 
 import glob
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from foretune.config import Config, load_config
 from foretune.errors import UserError
 from foretune.model.source import default_cache, resolve_model
 from foretune.pipeline.first_look import look_at_model
-from foretune.pipeline.folder import default_out, resolved
+from foretune.pipeline.folder import default_out, expanded, resolved
 from foretune.pipeline.road import EventSink, RunResult, exported_models, hide_progress_bars, travel
 from foretune.planning.shapes import known_shape
 
@@ -153,7 +154,7 @@ def evaluate(
     on_progress: Callable[[str], None] = lambda message: None,
 ) -> EvaluationReport:
     """Loss and perplexity: of a run, base against tuned, on its held-out documents or `data`; of a model, on `data`."""
-    path = Path(what).expanduser()
+    path = expanded("RUN", what)
     if RunFolder.is_run(path):
         folder = RunFolder(path)
         _require_checkpoint(folder)
@@ -188,7 +189,7 @@ def export(
         kinds: of ``full``, ``adapter``, ``merged``; ``auto`` is every kind that the method has.
         step: of the checkpoint; the newest if not given.
     """
-    path = Path(what).expanduser()
+    path = expanded("RUN", what)
     if not RunFolder.is_run(path):
         raise UserError(
             "RUN", str(what), "is no run folder (it has no config.yaml)", "give the --out of a `foretune run`"
@@ -225,7 +226,7 @@ def chat(
 
 def served_folder(what: _PathLike) -> Path:
     """The folder that is served for a run (its export; merged, where there is an adapter too) or for a model."""
-    path = Path(what).expanduser()
+    path = expanded("RUN", what)
     if not RunFolder.is_run(path):
         return _model_folder(str(what))
     exports = RunFolder(path).export
@@ -252,12 +253,12 @@ def _dotted(name: str, value: Any) -> list[tuple[str, Any]]:
 
 
 def _path(value: _PathLike | None) -> Path | None:
-    return None if value is None else Path(value).expanduser()
+    return None if value is None else expanded("path", value)
 
 
 def _described_model(config: Config) -> Path | str:
     """What a plan needs of a model: its config.json, or only its name where that is a well-known one and not here."""
-    if not Path(config.model).exists() and known_shape(config.model) is not None:
+    if not os.path.exists(config.model) and known_shape(config.model) is not None:
         return config.model
     return _model_folder(config.model, weights=False, trust_remote_code=config.trust_remote_code)
 
