@@ -26,6 +26,7 @@ from foretune.errors import UserError
 _FREE_KEYS = ("checkpoint", "evaluate.tasks", "data.num_proc", "trust_remote_code")
 #: Keys that may also change in a run that exists, as long as no checkpoint depends on them.
 _PLAN_KEYS = ("plan", "allow_numerics")
+_NAME_BYTES = 255  # of one name in a path, on every file system in use
 _NAME_CHARACTERS = 30  # two of them in UTF-8, and the hash, stay below the 255 bytes of a file name
 
 
@@ -33,7 +34,7 @@ def resolved(config: Config) -> Config:
     """The same configuration with local paths made absolute, so that it means the same from any folder.
 
     Raises:
-        UserError: a path that begins with the ``~`` of a user who is not here.
+        UserError: a path that can't be one.
     """
     sources = [
         source.model_copy(update={"path": _absolute(f"data.sources[{index}].path", source.path)})
@@ -79,19 +80,23 @@ def opened(run: RunFolder, config: Config) -> Iterator[bool]:
 
 
 def expanded(field: str, name: str | os.PathLike[str]) -> Path:
-    """A path with its ``~`` replaced. Raises `UserError` where pathlib would raise a RuntimeError."""
+    """A path with its ``~`` replaced, of a length that file systems take. Raises `UserError` where pathlib would crash."""
     try:
-        return Path(name).expanduser()
+        path = Path(name).expanduser()
     except RuntimeError:
         raise UserError(
             field, str(name), "there is no such user", "write the whole path, or ./~… for that name"
         ) from None
+    if any(len(part.encode(errors="surrogatepass")) > _NAME_BYTES for part in path.parts):
+        shown = f"{str(name)[:40]}…"
+        raise UserError(field, shown, f"has a name of more than {_NAME_BYTES} bytes", "check what was pasted there")
+    return path
 
 
 def _absolute(field: str, name: str) -> str:
     """An absolute path for what is here; a hub id, or a path that is missing, stays as it was written."""
     path = expanded(field, name)
-    if os.path.exists(path):  # Path.exists raises on a name that is too long
+    if path.exists():
         return str(path.resolve())
     if glob.has_magic(name) and not path.is_absolute() and glob.glob(str(path), recursive=True):
         return str(Path.cwd() / path)

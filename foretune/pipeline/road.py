@@ -35,7 +35,7 @@ from foretune.errors import UserError
 from foretune.events import EventKind, Journal, read_events
 from foretune.model.source import resolve_model
 from foretune.pipeline.first_look import look_at_model
-from foretune.pipeline.folder import default_out, opened, resolved
+from foretune.pipeline.folder import default_out, expanded, opened, resolved
 from foretune.reporting.tables import evaluation_summary, plan_summary, prepared_summary
 from foretune.reporting.units import bytes_text, loss_text, plural
 
@@ -109,7 +109,7 @@ def travel(
         ForetuneError: see `foretune.errors`. The same call goes on where it ended.
     """
     config = resolved(config)
-    run = RunFolder(out or default_out(config))
+    run = RunFolder(expanded("--out", out or default_out(config)))
     last = STAGES.index(until)
     with opened(run, config) as same_wishes, _journal(run) as journal:
         road = _Road(run, config, nproc=nproc, same_wishes=same_wishes, journal=journal, on_event=on_event)
