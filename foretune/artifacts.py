@@ -155,6 +155,8 @@ class Cluster(Artifact):
     cores_per_node: int
     link_bandwidth: float  # bytes per second between devices of a node
     network_bandwidth: float  # bytes per second between nodes
+    host_link_bandwidth: float = 22e9  # bytes per second between a device and its host, each way
+    notes: list[str] = []  # what was assumed, or is odd about these machines
     probed: bool
 
     @property

@@ -1,8 +1,8 @@
 """Accelerators by name: usable memory, dense 16-bit peak, memory bandwidth, link to its neighbours.
 
 Memory is what a process sees as the device's total (less than the number on the box: firmware and ECC take theirs).
-Peaks are dense, without sparsity, from the vendors' data sheets; a peak is never reached, `foretune.planning.timing` says
-how much of it is. Links are bytes per second in one direction per device.
+Peaks are dense, without sparsity, from the vendors' data sheets; how much of one is reached, `foretune.planning.timing`
+says. Links are bytes per second in one direction per device.
 """
 
 from __future__ import annotations
@@ -25,6 +25,20 @@ class Card:
     link: float
     bf16: bool = True
     aliases: tuple[str, ...] = ()
+
+    @property
+    def host_link(self) -> float:
+        """Bytes per second each way to the host as pinned copies reach them: PCIe 5 from Hopper on, else 4 or 3."""
+        newest = self.bandwidth_gb >= 3000 or self.link in (_PCIE_5, _NVLINK_4, _NVLINK_5)
+        return 45e9 if newest else 11e9 if not self.bf16 else 22e9
+
+    @property
+    def network(self) -> float:
+        """Bytes per second a card adds to its machine's network where nothing is said: what such machines are sold with.
+
+        400 Gbit/s a card beside NVLink 4 and 5, 200 beside NVLink 3; other machines have one port of 100 Gbit/s.
+        """
+        return {_NVLINK_5: 50e9, _NVLINK_4: 50e9, _NVLINK_3: 25e9}.get(self.link, 0.0)
 
     @property
     def memory_bytes(self) -> int:
@@ -82,6 +96,7 @@ CPU_LINK = 1.5e9  # gloo between processes of one machine, bytes per second
 DEFAULT_NETWORK = 100e9 / 8  # between machines when nothing is said: 100 Gbit/s
 HOST_MEMORY_PER_CARD = 128 * GIB  # of a described node when nothing is said
 CORES_PER_CARD = 16
+HOST_MEMORY_PER_CPU_RANK = 8 * GIB
 
 
 def normalised(name: str) -> str:

@@ -44,21 +44,24 @@ def probe(nproc: int | None = None) -> Cluster:
         return _cpu_cluster(ranks, nodes=1, host=host, cores=cores, network=catalogue.DEFAULT_NETWORK, probed=True)
     if nproc is not None and nproc > len(cards):
         raise UserError("--nproc", nproc, f"this machine has {len(cards)} GPU(s)", f"give at most {len(cards)}")
-    smallest = min(cards[: nproc or len(cards)], key=lambda card: card.memory_bytes)
+    used = cards[: nproc or len(cards)]
+    link, host_link = min(_links_of(card.name) for card in used)
     return Cluster(
-        accelerator=smallest,
+        accelerator=_weakest(used),
         nodes=1,
-        devices_per_node=nproc or len(cards),
+        devices_per_node=len(used),
         host_memory_bytes=host,
         cores_per_node=cores,
-        link_bandwidth=_link_of(smallest.name),
+        link_bandwidth=link,
         network_bandwidth=catalogue.DEFAULT_NETWORK,
+        host_link_bandwidth=host_link,
+        notes=_oddities(used),
         probed=True,
     )
 
 
 def parse_hardware(spec: str) -> Cluster:
-    """Read a description: ``[NODESx]GPUSxNAME[,ram=SIZE][,link=nvlink|pcie|RATE][,net=RATE][,cores=N]``; ``auto`` probes.
+    """Read ``[NODESx]DEVICESxNAME[,ram=SIZE][,link=nvlink|pcie|RATE][,net=RATE][,cores=N]``, or ``auto`` to probe.
 
     Raises:
         UserError: (field ``--hardware``) not of that form, or an accelerator that nobody knows (with the nearest name).
@@ -74,26 +77,59 @@ def parse_hardware(spec: str) -> Cluster:
     if nodes < 1 or devices < 1 or nodes * devices > 100_000:
         raise UserError("--hardware", spec, "has no sensible number of devices", _FORM)
     given = _options(spec, options)
-    network = given.get("net", catalogue.DEFAULT_NETWORK)
     if normalised(name) == "cpu":
         cores = int(given.get("cores", devices))
-        host = int(given.get("ram", 4 * GIB * devices))
-        return _cpu_cluster(devices, nodes=nodes, host=host, cores=cores, network=network, probed=False)
+        host = int(given.get("ram", catalogue.HOST_MEMORY_PER_CPU_RANK * devices))
+        network = given.get("net", catalogue.DEFAULT_NETWORK)
+        cluster = _cpu_cluster(devices, nodes=nodes, host=host, cores=cores, network=network, probed=False)
+        return cluster.model_copy(update={"notes": _assumptions(given, cluster)})
     card = find_card(name)
     if card is None:
         raise UserError(
             "--hardware", spec, f"there is no accelerator named {name} in the catalogue", _nearest_card(name)
         )
-    return Cluster(
+    cluster = Cluster(
         accelerator=_accelerator(card),
         nodes=nodes,
         devices_per_node=devices,
         host_memory_bytes=int(given.get("ram", catalogue.HOST_MEMORY_PER_CARD * devices)),
         cores_per_node=int(given.get("cores", catalogue.CORES_PER_CARD * devices)),
         link_bandwidth=given.get("link", card.link),
-        network_bandwidth=network,
+        network_bandwidth=given.get("net", max(catalogue.DEFAULT_NETWORK, card.network * devices)),
+        host_link_bandwidth=card.host_link,
         probed=False,
     )
+    return cluster.model_copy(update={"notes": _assumptions(given, cluster)})
+
+
+def _assumptions(given: dict[str, float], cluster: Cluster) -> list[str]:
+    """What a description left out and was filled in."""
+    ram = f"{cluster.host_memory_bytes / GIB:.0f} GB"
+    network = f"{cluster.network_bandwidth * 8 / 1e9:.0f} Gbps"
+    filled = {"ram": f"{ram} of host memory a machine (ram={ram.replace(' ', '')})"}
+    if cluster.accelerator.kind == "cuda":
+        filled["cores"] = f"{cluster.cores_per_node} cores a machine (cores={cluster.cores_per_node})"
+    if cluster.nodes > 1:
+        filled["net"] = f"{network} between machines (net={network.replace(' ', '')})"
+    said = [text for key, text in filled.items() if key not in given]
+    return [f"assumed: {', '.join(said)}"] if said else []
+
+
+def _weakest(cards: list[Accelerator]) -> Accelerator:
+    """A device that promises no more than any of these; all ranks do the same work, so the weakest sets the pace."""
+    smallest = min(cards, key=lambda card: card.memory_bytes)
+    return smallest.model_copy(
+        update={
+            "bf16": all(card.bf16 for card in cards),
+            "peak_flops": min(card.peak_flops for card in cards),
+            "memory_bandwidth": min(card.memory_bandwidth for card in cards),
+        }
+    )
+
+
+def _oddities(cards: list[Accelerator]) -> list[str]:
+    names = sorted({card.name for card in cards})
+    return [f"different GPUs ({', '.join(names)}): planned for the weakest of each property"] if len(names) > 1 else []
 
 
 def default_cpu_ranks(cores: int) -> int:
@@ -110,7 +146,7 @@ def usable_cores() -> int:
 
 
 def usable_host_memory() -> int:
-    """Bytes that new processes can take here: what the kernel calls available, less where a container's limit is nearer."""
+    """Bytes that new processes can take here: what the kernel calls available, or less where a container says so."""
     available = int(psutil.virtual_memory().available)
     for limit_file, usage_file in (
         ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
@@ -203,7 +239,7 @@ def _visible_gpus() -> list[Accelerator]:
 
 
 def _from_row(row: list[str]) -> Accelerator:
-    """One line of nvidia-smi. A card the catalogue lacks is planned with a modest guess of its speed, never of its memory."""
+    """One line of nvidia-smi. Of a card that the catalogue lacks, the speed is guessed modestly, never the memory."""
     name, total_mib = row[2], float(row[3])
     reserved_mib = float(row[4]) if row[4].replace(".", "").isdigit() else 0.0
     memory = int((total_mib - reserved_mib) * 2**20)
@@ -234,9 +270,10 @@ def _nvidia_card(name: str, memory_bytes: int) -> Card | None:
     return max(fits, key=lambda fit: fit[:2])[2] if fits else None
 
 
-def _link_of(name: str) -> float:
+def _links_of(name: str) -> tuple[float, float]:
+    """Bytes per second to the neighbour and to the host; a card that nobody knows is taken to sit on PCIe 3."""
     card = find_card(name)
-    return card.link if card is not None else 12e9
+    return (card.link, card.host_link) if card is not None else (12e9, 11e9)
 
 
 def _options(spec: str, options: list[str]) -> dict[str, float]:
@@ -252,19 +289,21 @@ def _options(spec: str, options: list[str]) -> dict[str, float]:
     return values
 
 
+_UNITS: dict[str, dict[str, float]] = {
+    "ram": {"gb": GIB, "gib": GIB, "tb": 1024 * GIB, "tib": 1024 * GIB, "": GIB},
+    "net": {"gbps": 1e9 / 8, "gbit/s": 1e9 / 8, "gb/s": 1e9, "": 1e9 / 8},
+    "link": {"gb/s": 1e9, "gbps": 1e9 / 8, "": 1e9},
+    "cores": {"": 1.0},
+}
+
+
 def _quantity(spec: str, key: str, text: str) -> float:
     if key == "link" and text in ("nvlink", "pcie"):
         return 300e9 if text == "nvlink" else 25e9
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z/]*)", text)
-    units = {
-        "ram": {"gb": GIB, "gib": GIB, "tb": 1024 * GIB, "tib": 1024 * GIB, "": GIB},
-        "net": {"gbps": 1e9 / 8, "gbit/s": 1e9 / 8, "gb/s": 1e9, "": 1e9 / 8},
-        "link": {"gb/s": 1e9, "gbps": 1e9 / 8, "": 1e9},
-        "cores": {"": 1.0},
-    }[key]
-    if match is None or match.group(2) not in units or float(match.group(1)) <= 0:
+    if match is None or match.group(2) not in _UNITS[key] or float(match.group(1)) <= 0:
         raise UserError("--hardware", spec, f"{key}={text} is no quantity", _FORM)
-    return float(match.group(1)) * units[match.group(2)]
+    return float(match.group(1)) * _UNITS[key][match.group(2)]
 
 
 def _nearest_card(name: str) -> str:

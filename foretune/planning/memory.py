@@ -21,14 +21,13 @@ from dataclasses import dataclass
 from math import ceil
 
 from foretune.artifacts import Cluster
-from foretune.model.shape import ModelShape
 from foretune.planning.strategy import BYTES, GIB, Strategy, Workload, buckets_for
 
 #: CUDA context, cuBLAS workspaces and kernels of one process; NCCL's channels come on top where there are several ranks.
 CUDA_CONTEXT_BYTES = int(0.75 * GIB)
 NCCL_BYTES = int(0.5 * GIB)
 #: A Python process with torch, transformers and deepspeed imported, no weights.
-PROCESS_BYTES = int(0.9 * GIB)
+PROCESS_BYTES = int(0.6 * GIB)
 #: The same on a machine with GPUs: CUDA's libraries and pinned staging buffers.
 GPU_PROCESS_BYTES = int(3.5 * GIB)
 #: Share of the memory that a plan may fill; the rest is for the allocator's rounding and fragments.
@@ -48,66 +47,82 @@ class DeviceMemory:
         return sum(self.parts.values())
 
 
-def activation_bytes_per_token_layer(shape: ModelShape, element_bytes: int) -> int:
-    """What one layer saves for backward, per token (the tensors that autograd keeps of Hugging Face's layers with SDPA).
+def activation_bytes_per_token_layer(work: Workload) -> int:
+    """What one layer keeps for backward, per token: the tensors that autograd saves of Hugging Face's own layers.
 
-    Two RMS norms compute in fp32: each keeps its input in fp32 (4h), its normalised value (bh) and its output (bh),
-    which the linears read. Attention keeps rotated q, repeated k and v and its output (4·b·q) and 4 bytes of
-    log-sum-exp a head. A gated MLP keeps gate, its activation, up and their product (4·b·i), a plain one two (2·b·i),
-    and its activation function's inner values (GELU written out as tanh keeps three more).
+    A Llama layer, b bytes an element: two RMS norms compute in fp32 and keep their input (4h), its normalised value for
+    the weight's gradient (bh, not where that weight is frozen) and their output, which the linears read (bh); attention
+    keeps rotated queries and its output (2bq), rotated keys and values (2bk), 4 bytes of log-sum-exp a head; the gated
+    MLP keeps gate, its activation, up and their product (4bi). Other families: `foretune.model.families.Saved`.
+
+    Packed documents need a mask. With one, keys and values are repeated for every query head, and each layer keeps the
+    mask in the elements' type (bT). Without a fused kernel whole scores are kept (8 bytes a head and position).
     """
-    h, i, b = shape.hidden_size, shape.intermediate_size, element_bytes
-    q = shape.num_attention_heads * shape.head_dim
-    norms = 2 * (4 * h + 2 * b * h) if shape.gated_mlp else 2 * 2 * b * h
-    attention = 4 * b * q + 4 * shape.num_attention_heads
-    mlp = (4 if shape.gated_mlp else 5) * b * i
-    return norms + attention + mlp + b * h
+    shape, b, saved = work.shape, work.parameter_bytes, work.shape.saved
+    h, q, k = shape.hidden_size, shape.num_attention_heads * shape.head_dim, shape.num_key_value_heads * shape.head_dim
+    fused = not (shape.soft_capped_attention or saved.fp32_scores)
+    normalised = 0 if work.lora_rank else (4 if saved.wide else b)
+    hidden = b * saved.hidden * h + 4 * saved.hidden_fp32 * h + normalised * saved.norms * h
+    repeated = q if (work.packing and fused) or shape.soft_capped_attention else k
+    attention = b * (saved.queries * q + 2 * repeated + (saved.keys - 2) * k)
+    if fused:
+        attention += 4 * shape.num_attention_heads + (b * work.max_length if work.packing else 0)
+    else:
+        attention += (8 if shape.soft_capped_attention else 4 + b % 4) * shape.num_attention_heads * work.max_length
+    if saved.fp32_scores:
+        attention += 2 * (4 - b) * q  # queries and keys, also of a 16-bit model
+    if saved.qk_norm:
+        attention += (4 + normalised) * (q + k)
+    adapters = sum(linear.copies for linear in shape.linears) * b * work.lora_rank
+    return hidden + attention + b * saved.mlp * shape.intermediate_size + adapters + 16
+
+
+def working_bytes_per_token(work: Workload) -> int:
+    """What the backward of one layer holds beside what was saved: gradients of the MLP's inner values and of its ends."""
+    shape = work.shape
+    return work.parameter_bytes * (3 * shape.intermediate_size + 2 * shape.hidden_size)
 
 
 def activation_bytes(work: Workload, strategy: Strategy) -> int:
-    """Activations of one micro-batch at their peak, the start of backward."""
+    """Activations of one micro-batch when forward has ended: saved tensors, inputs of checkpointed layers, the ends."""
+    shape, b = work.shape, work.parameter_bytes
     tokens = strategy.micro_batch_size * work.max_length
-    b = work.parameter_bytes
-    full = activation_bytes_per_token_layer(work.shape, b)
     kept = strategy.checkpointed_layers
-    layers = (work.shape.num_layers - kept) * full + kept * b * work.shape.hidden_size
-    recomputed = full if kept else 0
-    around = 3 * b * work.shape.hidden_size + 40  # embedding, last norm, and the ids, positions and labels (int64)
-    adapters = _adapter_activation_bytes(work) * (work.shape.num_layers - kept)
-    return tokens * (layers + recomputed + around + adapters) + _mask_bytes(work, strategy)
-
-
-def _adapter_activation_bytes(work: Workload) -> int:
-    """Per token and layer: the low-rank products of LoRA, and its second outputs that are added to the frozen ones."""
-    return 2 * work.parameter_bytes * work.shape.hidden_size if work.frozen else 0
-
-
-def _mask_bytes(work: Workload, strategy: Strategy) -> int:
-    """Packed rows on SDPA get a [rows, 1, T, T] mask, boolean and once more in the elements' type."""
-    if not work.packing:
-        return 0
-    return strategy.micro_batch_size * work.max_length**2 * (1 + work.parameter_bytes)
+    layers = (shape.num_layers - kept) * activation_bytes_per_token_layer(work) + kept * b * shape.hidden_size
+    # The last norm as in a layer, its output, cosines and sines, and ids, positions, labels and targets (int64).
+    around = (4 + 2 * b) * shape.hidden_size + 2 * b * shape.head_dim + 4 * 8
+    mask = strategy.micro_batch_size * work.max_length**2 if work.packing else 0  # one boolean mask for all layers
+    return tokens * (layers + around) + mask
 
 
 def loss_bytes(work: Workload, strategy: Strategy) -> int:
     """Linear cross-entropy of one chunk: logits and a temporary of the log-sum-exp in fp32 (8·c·V bytes).
 
-    The head's gradient is summed in fp32 (4Vh) beside its 16-bit copy and one product (bVh each) where the head is
-    trained. A head that does more than multiply has whole logits (14 V bytes a token).
+    The head's gradient is summed in fp32 (4Vh) beside one product (bVh) where the head is trained, the gradient of the
+    hidden states (bh a token) fills up. A head that does more than multiply has whole logits (14 V bytes a token).
     """
     shape, b = work.shape, work.parameter_bytes
     tokens = strategy.micro_batch_size * work.max_length
     if not shape.plain_head:
         return 14 * shape.vocab_size * tokens
     head = shape.vocab_size * shape.hidden_size
-    gradient = (4 + 2 * b) * head if not work.frozen else 0
+    gradient = (4 + b) * head if not work.lora_rank else 0
     return 8 * min(strategy.loss_chunk_tokens, tokens) * shape.vocab_size + gradient + tokens * b * shape.hidden_size
+
+
+def _head_gradient_bytes(work: Workload, tokens: int) -> int:
+    """What the loss hands to backward: the gradients of head and hidden states, and their scaled copies."""
+    shape, b = work.shape, work.parameter_bytes
+    if not shape.plain_head:
+        return 6 * shape.vocab_size * tokens
+    head = 0 if work.lora_rank else shape.vocab_size * shape.hidden_size
+    return 2 * b * (head + tokens * shape.hidden_size)
 
 
 def device_memory(work: Workload, strategy: Strategy, cluster: Cluster) -> DeviceMemory:
     """Peak memory of one rank's device. On a CPU the device is the rank's share of the host, so nothing leaves it."""
     ranks, stage, trained = cluster.world_size, strategy.zero_stage, work.trainable
-    b, a = work.parameter_bytes, work.gradient_bytes
+    b = work.parameter_bytes
     on_cpu = cluster.accelerator.kind == "cpu"
     stays = 1.0 if on_cpu else 1.0 - strategy.offload_optimizer
     shard = ceil(trained / ranks) if stage else trained
@@ -117,31 +132,47 @@ def device_memory(work: Workload, strategy: Strategy, cluster: Cluster) -> Devic
     master = 0 if stage == 0 and b == 4 else 4
     resident["optimizer"] = int(stays * (master + work.optimizer_state_bytes) * shard)
     gradients, transient_gradients = _gradient_bytes(work, strategy, shard, stays)
-    gathered = 0
-    if stage == 3:
-        gathered = b * min(work.parameters, buckets.max_live) if ranks > 1 or strategy.offload_param else 0
-    resident["buffers"] = (b * buckets.reduce if stage else 0) + gathered
+    resident["buffers"] = _buffer_bytes(work, strategy, ranks)
     if on_cpu:
         resident["process"] = PROCESS_BYTES
     else:
         resident["context"] = CUDA_CONTEXT_BYTES + (NCCL_BYTES if ranks > 1 else 0)
 
+    tokens = strategy.micro_batch_size * work.max_length
     activations, loss = activation_bytes(work, strategy), loss_bytes(work, strategy)
+    layer = tokens * (activation_bytes_per_token_layer(work) + working_bytes_per_token(work))
+    # The layer whose backward runs: recomputed anew, or what it had saved is counted already.
+    running = layer if strategy.checkpointed_layers else tokens * working_bytes_per_token(work)
     # With one micro-batch a step, gradients grow while activations are freed: only the larger of both counts.
-    accumulated = gradients if strategy.accumulation_steps > 1 else 0
+    # ZeRO-0 never lets go of its gradients, it writes zeros into them.
+    accumulated = gradients if strategy.accumulation_steps > 1 or stage == 0 else 0
     phases = {
         "loss": {"gradients": accumulated, "activations": activations, "loss": loss},
-        "backward": {"gradients": gradients + transient_gradients, "activations": tokens_bytes(work, strategy)},
+        "backward": {
+            "gradients": accumulated,
+            "activations": activations + running,
+            "loss": _head_gradient_bytes(work, tokens),
+        },
+        "end of backward": {"gradients": gradients + transient_gradients, "activations": layer},
         "step": {"gradients": gradients, "step": _step_bytes(work, strategy, shard, stays, buckets.sub_group)},
     }
     phase = max(phases, key=lambda name: sum(phases[name].values()))
     return DeviceMemory(phase, {name: size for name, size in {**resident, **phases[phase]}.items() if size})
 
 
-def tokens_bytes(work: Workload, strategy: Strategy) -> int:
-    """Activations left at the end of backward: one layer's."""
-    tokens = strategy.micro_batch_size * work.max_length
-    return tokens * activation_bytes_per_token_layer(work.shape, work.parameter_bytes)
+def _buffer_bytes(work: Workload, strategy: Strategy, ranks: int) -> int:
+    """Reduce bucket (persistent once it is filled), its copy on the way, and at stage 3 the gathered parameters.
+
+    Several ranks need the copy: stages 1 and 2 for the collective, stage 3 once flat and once scattered.
+    """
+    if strategy.zero_stage == 0:
+        return 0
+    b, sizes = work.parameter_bytes, buckets_for(work.shape, work.trainable)
+    alone = ranks == 1
+    if strategy.zero_stage < 3:
+        return b * sizes.reduce * (1 if alone else 2)
+    gathered = 0 if alone and not strategy.offload_param else min(work.parameters, sizes.max_live + sizes.prefetch)
+    return b * (sizes.reduce * (1 if alone else 3) + gathered)
 
 
 def _held_parameters(work: Workload, strategy: Strategy, cluster: Cluster) -> int:
@@ -157,7 +188,7 @@ def _gradient_bytes(work: Workload, strategy: Strategy, shard: int, stays: float
     """Gradients kept on the device, and those that backward has beside them before they are reduced or added."""
     stage, trained = strategy.zero_stage, work.trainable
     b, a = work.parameter_bytes, work.gradient_bytes
-    widest = work.shape.vocab_size * work.shape.hidden_size if not work.frozen else 0
+    widest = work.shape.vocab_size * work.shape.hidden_size if not work.lora_rank else 0
     if stage == 0:
         return b * trained, b * widest
     if stage == 1:

@@ -153,6 +153,7 @@ def workload(
         shape=shape,
         trainable=trainable,
         frozen=frozen,
+        lora_rank=config.lora.r if frozen else 0,
         precision=precision,
         accumulation_dtype=accumulation,  # type: ignore[arg-type]
         optimizer_state_bytes=states,
@@ -370,7 +371,7 @@ def cheapest_change(config: Config, work: Workload, cluster: Cluster) -> str:
 
     if config.method == "full":
         trainable = work.shape.lora_parameters(config.lora.r, config.lora.target_modules)
-        if fits(replace(work, trainable=trainable, frozen=work.shape.parameters), cluster):
+        if fits(replace(work, trainable=trainable, frozen=work.shape.parameters, lora_rank=config.lora.r), cluster):
             return f"--set method=lora trains {trainable:,} parameters instead of {work.trainable:,}"
     length = work.max_length // 2
     while length >= 128:

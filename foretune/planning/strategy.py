@@ -20,6 +20,7 @@ class Workload:
     shape: ModelShape
     trainable: int  # parameters that are trained
     frozen: int  # parameters that are not (LoRA's base)
+    lora_rank: int  # 0 where every parameter is trained
     precision: Precision
     accumulation_dtype: Precision
     optimizer_state_bytes: int  # per trainable parameter, fp32: Adam 8, SGD with momentum 4

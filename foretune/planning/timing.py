@@ -33,8 +33,6 @@ LAUNCH_SECONDS = {"cuda": 1.2e-3, "cpu": 1.5e-3}
 ZERO_STEP_SECONDS = 0.02
 #: CPU Adam (fused, all cores): trained parameters per second and core; 7.6e9 take 4-5 s on 16 cores at 70 %.
 CPU_ADAM_PER_CORE = 75e6
-#: Host link of a GPU, bytes per second each way (PCIe 4/5 as pinned copies reach it).
-HOST_LINK = 22e9
 #: Seconds to start one collective.
 COLLECTIVE_LATENCY = {"cuda": 3e-5, "cpu": 1e-3}
 
@@ -85,7 +83,7 @@ def step_time(work: Workload, strategy: Strategy, cluster: Cluster) -> StepTime:
     compute += rows * attention_flops_per_row(work, strategy.checkpointed_layers) / (rate * attention_share)
 
     recomputed = 1.0 + 0.5 * strategy.checkpointed_layers / work.shape.num_layers
-    saved = activation_bytes_per_token_layer(work.shape, work.parameter_bytes) * work.shape.num_layers
+    saved = activation_bytes_per_token_layer(work) * work.shape.num_layers
     traffic = ACTIVATION_PASSES * recomputed * rows * work.max_length * saved
     # The logits: written, normalised, differentiated and multiplied, in fp32.
     traffic += rows * work.max_length * 6 * 4 * work.shape.vocab_size
@@ -139,9 +137,16 @@ def _update(work: Workload, strategy: Strategy, cluster: Cluster) -> tuple[float
     cores = max(1.0, cluster.cores_per_node / cluster.devices_per_node)
     offload = moved / (CPU_ADAM_PER_CORE * cores)
     # Gradients go to the host at every micro-batch, updated weights come back once.
-    offload += moved * (work.gradient_bytes * strategy.accumulation_steps + work.parameter_bytes) / HOST_LINK
+    offload += (
+        moved * (work.gradient_bytes * strategy.accumulation_steps + work.parameter_bytes) / cluster.host_link_bandwidth
+    )
     if strategy.offload_param:
         offload += (
-            3 * strategy.accumulation_steps * work.parameter_bytes * work.parameters / cluster.world_size / HOST_LINK
+            3
+            * strategy.accumulation_steps
+            * work.parameter_bytes
+            * work.parameters
+            / cluster.world_size
+            / cluster.host_link_bandwidth
         )
     return offload, on_device
