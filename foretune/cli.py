@@ -337,10 +337,13 @@ _KEYS = {"epochs": "train.epochs", "deterministic": "train.deterministic"}
 
 def _wanted(config: Path | None, settings: list[str] | None, **options: Any) -> Config:
     """The configuration that a file, --set and the named options ask for."""
+    from foretune.pipeline.folder import expanded
+
     data = options.pop("data")
     options["data"] = data[0] if data and len(data) == 1 else data or None
     flags = {_KEYS.get(name, name): value for name, value in options.items()}
-    return load_config(config, flags=flags, settings=settings or ())
+    file = None if config is None else expanded("CONFIG", config)
+    return load_config(file, flags=flags, settings=settings or ())
 
 
 def _travel(

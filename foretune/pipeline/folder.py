@@ -80,7 +80,7 @@ def opened(run: RunFolder, config: Config) -> Iterator[bool]:
 
 
 def expanded(field: str, name: str | os.PathLike[str]) -> Path:
-    """A path with its ``~`` replaced, of a length that file systems take. Raises `UserError` where pathlib would crash."""
+    """A path with its ``~`` replaced, of a length that file systems take. Raises `UserError` where they would crash."""
     try:
         path = Path(name).expanduser()
     except RuntimeError:

@@ -155,6 +155,7 @@ def evaluate(
 ) -> EvaluationReport:
     """Loss and perplexity: of a run, base against tuned, on its held-out documents or `data`; of a model, on `data`."""
     path = expanded("RUN", what)
+    data = data if data is None else str(expanded("--data", data))
     if RunFolder.is_run(path):
         folder = RunFolder(path)
         _require_checkpoint(folder)
@@ -198,7 +199,7 @@ def export(
     _require_checkpoint(folder)
     from foretune.exporting import export_run
 
-    return export_run(folder, to=_path(to) or folder.export, kinds=kinds, step=step, on_progress=on_progress)
+    return export_run(folder, to=_path(to, "--to") or folder.export, kinds=kinds, step=step, on_progress=on_progress)
 
 
 def serve(
@@ -252,8 +253,8 @@ def _dotted(name: str, value: Any) -> list[tuple[str, Any]]:
     return [(f"{name}.{key}", item) for key, item in value.items()]
 
 
-def _path(value: _PathLike | None) -> Path | None:
-    return None if value is None else expanded("path", value)
+def _path(value: _PathLike | None, field: str = "--out") -> Path | None:
+    return None if value is None else expanded(field, value)
 
 
 def _described_model(config: Config) -> Path | str:
