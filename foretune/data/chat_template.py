@@ -91,7 +91,7 @@ class ChatTemplate:
         learned = conversation.learned[len(conversation.messages) - len(messages) :]
         try:
             return self._render(messages, learned, conversation.tools)
-        except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
+        except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
             return Dropped(f"the chat template refuses it: {' '.join(str(error).split())}"[:120])
 
     def _render(
@@ -178,7 +178,7 @@ class ChatTemplate:
 
         try:
             return self.write(messages, tools, ask=ask)
-        except (TemplateError, TypeError, ValueError, KeyError, AttributeError):
+        except (TemplateError, TypeError, ValueError, LookupError, AttributeError):
             return None
 
     def _marked_spans(self, messages: list[dict[str, Any]], tools: Any) -> list[tuple[int, int]] | None:
@@ -249,8 +249,8 @@ def choose_template(tokenizer: Any, *, file: str | None, needed: bool) -> ChatTe
         {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}, key=len
     )
     template.special += [token for token in tokenizer.all_special_tokens if token not in template.special]
-    template.has_markers = _MARKERS.search(str(tokenizer.get_chat_template())) is not None
     _probe(template, file)
+    template.has_markers = _MARKERS.search(str(tokenizer.get_chat_template())) is not None
     return template
 
 
@@ -278,7 +278,7 @@ def _probe(template: ChatTemplate, file: str | None) -> None:
     user, answer = {"role": "user", "content": "a"}, {"role": "assistant", "content": _MARK}
     try:
         text = template.write([user, answer])
-    except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
+    except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
         where, value = ("data.chat_template", file) if file else ("model", template.tokenizer.name_or_path)
         problem = f"its chat template can't write a question and an answer ({' '.join(str(error).split())[:200]})"
         raise UserError(where, value, problem, "give a working template with data.chat_template") from None

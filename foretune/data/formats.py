@@ -156,7 +156,8 @@ def _pair_messages(row: Row, form: str) -> list[dict[str, Any]]:
             raise _Malformed(f"{asks[0]} and {answers[0]} are not of one kind")
         return [_message(item) for item in (*ask, *answer)]
     messages: list[dict[str, Any]] = []
-    for turn in row.get("history") or []:  # earlier turns, as LLaMA-Factory writes them
+    history = row.get("history") or []
+    for turn in history if isinstance(history, list) else [history]:  # earlier turns, as LLaMA-Factory writes them
         if not (isinstance(turn, list) and len(turn) == 2 and all(isinstance(item, str) for item in turn)):
             raise _Malformed("history is not a list of [asked, answered]")
         messages += [{"role": "user", "content": turn[0]}, {"role": "assistant", "content": turn[1]}]

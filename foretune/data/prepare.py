@@ -36,6 +36,7 @@ from foretune.errors import UserError
 from foretune.model.shape import read_shape
 
 _OWN_NAMES = {"documents", "tokenizer", "packs.npz", PreparedDataset.file_name}
+_MOST_REASONS = 20
 Say = Callable[[str], None]
 
 
@@ -114,7 +115,7 @@ def prepare(
         )
         say("packing")
         selection = select(tokenised.store, tokenised.source_of, tokenised.is_text, wanted)
-        selection.dropped.update(tokenised.dropped)
+        selection.dropped = _fewer(selection.dropped + tokenised.dropped)
         _refuse_nothing(config, selection, tokenised)
         selection.index.save(scratch / "packs.npz")
         shutil.rmtree(scratch / "raw", ignore_errors=True)
@@ -273,6 +274,13 @@ def _refuse_nothing(config: Config, selection: Selection, tokenised: _Tokenised)
     raise UserError(
         "data", value, problem, "look at the rows and their columns; raise train.max_length if rows were too long"
     )
+
+
+def _fewer(dropped: Counter[str]) -> Counter[str]:
+    """The commonest reasons, and the rest together: some name what stands in the row, and could be as many as rows."""
+    kept = Counter(dict(dropped.most_common(_MOST_REASONS)))
+    rest = dropped.total() - kept.total()
+    return kept + Counter({"other reasons": rest})
 
 
 def _manifest(

@@ -124,7 +124,7 @@ def _csv_rows(text: IO[str], file: Path, field: str) -> Iterator[tuple[int, str]
     delimiter = "\t" if suffix_of(file) == ".tsv" else ","
     if delimiter == "," and "," not in header and ";" in header:  # how spreadsheets write it where the comma is decimal
         delimiter = ";"
-    names = next(csv.reader([header], delimiter=delimiter), [])
+    names = [name.strip() for name in next(csv.reader([header], delimiter=delimiter), [])]
     reader = csv.reader(text, delimiter=delimiter, strict=True)
     line = 2
     try:
@@ -198,6 +198,8 @@ def _elements(
                 return
             try:
                 _, end = decode(buffer, position)
+            except RecursionError:
+                problem = "it is nested too deeply"
             except json.JSONDecodeError as error:
                 wrong, problem = line + buffer.count("\n", position, error.pos), error.msg
         if end > position and (end < len(buffer) or at_end):  # a number at the buffer's end may go on after it

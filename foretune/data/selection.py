@@ -243,7 +243,7 @@ def _mixed(digests: NDArray[np.void], seed: int) -> NDArray[np.uint64]:
 
 
 def _repeat(training: Ints, source_of_piece: Ints, wanted: Wanted) -> Ints:
-    """Each piece as often as its source's weight says: floor(weight) times, and a random share of them once more."""
+    """Each piece as often as its source's weight says, in every epoch: its floor, and a random share once more."""
     if all(weight == 1.0 for weight in wanted.weights):
         return training
     repeated: list[Any] = []

@@ -64,7 +64,7 @@ class Encoder:
         encoded = self.tokenizer(texts, add_special_tokens=True, verbose=False).input_ids if texts else []
         documents: list[Document] = []
         inner = [i for i, (first, _) in enumerate(ends) if not first]
-        bare = dict(zip(inner, self._ids([texts[i] for i in inner]), strict=True))
+        bare = dict(zip(inner, self._going_on([texts[i] for i in inner]), strict=True))
         for i, (_, last) in enumerate(ends):
             ids = bare.get(i, encoded[i])
             ids = ids[:-1] if ids and ids[-1] == self._eos else ids  # some tokenizers add it themselves
@@ -110,7 +110,12 @@ class Encoder:
             texts += [text for text, _ in segments]
             learned += [target for _, target in segments]
             counts.append(len(segments))
-        encoded = self._ids(texts) if self._cuts_freely else self._continuations(texts, counts)
+        encoded = self._ids(texts)
+        if not self._cuts_freely:
+            starts = set(np.cumsum([0, *counts]).tolist())
+            inner = [i for i in range(len(texts)) if i not in starts]
+            for i, going_on in zip(inner, self._going_on([texts[i] for i in inner]), strict=True):
+                encoded[i] = going_on
         documents = []
         at = 0
         for item, count in zip(rendered, counts, strict=True):
@@ -122,18 +127,19 @@ class Encoder:
             documents.append(self._finish(item, ids, np.repeat(targets, lengths)))
         return documents
 
-    def _continuations(self, texts: list[str], counts: list[int]) -> list[list[int]]:
-        """Ids of segments of which all but the first of each row go on from the one before: tokenised after an anchor.
+    def _going_on(self, texts: list[str]) -> list[list[int]]:
+        """Ids of texts that go on from something before them.
 
-        The anchor, a newline, keeps a tokenizer from putting the space there that it puts before a text of its own.
+        Where the tokenizer puts a space before each text, they are tokenised after an anchor, a newline, that takes it.
         """
         encoded = self._ids(texts)
-        anchored = self._ids(["\n" + text for text in texts])
-        starts = set(np.cumsum([0, *counts]).tolist())
+        if self._cuts_freely:
+            return encoded
         width = len(self._anchor)
+        anchored = self._ids(["\n" + text for text in texts])
         return [
-            after[width:] if i not in starts and after[:width] == self._anchor else own
-            for i, (own, after) in enumerate(zip(encoded, anchored, strict=True))
+            after[width:] if after[:width] == self._anchor else own
+            for own, after in zip(encoded, anchored, strict=True)
         ]
 
     def _by_offsets(self, rendered: list[Rendered]) -> list[Document]:
@@ -247,11 +253,17 @@ class BatchTokeniser:
 
     def _parse(self, row: str, file: int, line: int) -> object:
         try:
-            return json.loads(row)
-        except ValueError as error:
+            value: object = json.loads(row)
+        except (ValueError, RecursionError) as error:
             where = f"{self.files[file]}:{line}"
             problem = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
             raise UserError(self.field, where, f"is not JSON ({problem})", "mend that line") from None
+        if "\\ud" in row or "\\uD" in row:  # half of a pair that JSON writes a character in: no text, no tokens
+            try:
+                json.dumps(value, ensure_ascii=False).encode()
+            except UnicodeEncodeError:
+                return Dropped("broken Unicode (half a surrogate pair)")
+        return value
 
     def _table(self, documents: list[Document | None], reasons: list[str | None], ends: list[tuple[bool, bool]]) -> Any:
         import pyarrow as pa

@@ -6,6 +6,8 @@ import json
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from foretune.data.formats import Conversation, Dropped, Text, detect, normalise
 from foretune.errors import UserError
@@ -160,6 +162,39 @@ def test_a_system_text_for_those_without() -> None:
     }
     row = {"messages": [{"role": "system", "content": "own"}, ASK, ANSWER]}
     assert talk(row, "messages", system="s")[0]["content"] == "own"
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=4),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(
+                ["role", "from", "content", "value", "tool_calls", "function", "name", "arguments", "type", "weight"]
+            ),
+            inner | st.sampled_from(["user", "assistant", "function_call", "tool", "text", "{}", "[]"]),
+            max_size=4,
+        )
+    ),
+    max_leaves=12,
+)
+COLUMNS = ["text", "prompt", "completion", "instruction", "input", "output", "history", "system", "question", "answer"]
+COLUMNS += ["messages", "conversations", "tools"]
+
+
+@given(
+    row=VALUES | st.dictionaries(st.sampled_from(COLUMNS), VALUES, max_size=6),
+    form=st.sampled_from(["text", "prompt_completion", "instruction", "question_answer", "messages", "conversations"]),
+)
+@settings(max_examples=500, deadline=None)
+def test_no_row_is_an_accident(row: Any, form: str) -> None:
+    outcome = normalise(row, form, system="s")
+    assert isinstance(outcome, Text | Conversation | Dropped)
+    if isinstance(outcome, Conversation):
+        assert outcome.messages[-1]["role"] == "assistant"
+        assert outcome.learned[-1]
+        assert len(outcome.messages) == len(outcome.learned)
+        assert all(isinstance(message["content"], str) for message in outcome.messages)
 
 
 @pytest.mark.parametrize(

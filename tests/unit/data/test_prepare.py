@@ -227,10 +227,11 @@ def test_a_text_file_is_one_document_and_its_end_is_held_out(tmp_path: Path, mak
     assert any("ends of the texts" in note for note in manifest.notes)
 
 
+@pytest.mark.parametrize("words", ["gpt2", "qwen", "stories"])
 def test_a_text_file_read_in_parts_gives_the_same_tokens(
-    tmp_path: Path, make_config: MakeConfig, make_model: MakeModel, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, make_config: MakeConfig, make_model: MakeModel, monkeypatch: pytest.MonkeyPatch, words: str
 ) -> None:
-    model = make_model(words="gpt2")
+    model = make_model(words=words)
     (tmp_path / "a.txt").write_text("".join(f"Line {i} of a story\nand more\n\n" for i in range(300)))
     config = make_config(str(tmp_path / "a.txt"), evaluate={"validation": 0.0})
     whole, one = run(config, tmp_path / "one", model=model)
@@ -406,6 +407,26 @@ def test_a_broken_line_is_named(
     error = refusal(make_config({"path": str(file), "num_proc": num_proc}), tmp_path / "out")
     assert error.field == "data.sources[0].path"
     assert str(error.value).endswith("rows.jsonl:21")
+
+
+def test_broken_unicode_is_dropped_and_counted(tmp_path: Path, make_config: MakeConfig, rows_file: RowsFile) -> None:
+    file = rows_file(chat_rows(5))
+    broken = '{"question": "half \\ud83d a pair", "answer": "b"}\n{"question": "whole \\ud83d\\ude00", "answer": "c"}\n'
+    file.write_text(file.read_text() + broken)
+    manifest, _ = run(make_config(str(file)), tmp_path / "out")
+    assert manifest.dropped == {"broken Unicode (half a surrogate pair)": 1}
+    assert manifest.documents == 6
+
+
+def test_reasons_that_name_their_row_are_not_listed_without_end(
+    tmp_path: Path, make_config: MakeConfig, rows_file: RowsFile
+) -> None:
+    odd = [{"messages": [{"role": f"role {i}", "content": "a"}]} for i in range(40)]
+    good = [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}]
+    manifest, _ = run(make_config(str(rows_file(odd + good))), tmp_path / "out")
+    assert len(manifest.dropped) == 21
+    assert manifest.dropped["other reasons"] == 20
+    assert sum(manifest.dropped.values()) == 40
 
 
 def test_nothing_left_is_refused_with_the_reasons(tmp_path: Path, make_config: MakeConfig, rows_file: RowsFile) -> None:

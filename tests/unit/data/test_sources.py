@@ -164,6 +164,20 @@ def test_a_data_set_that_can_t_be_had_is_refused(tmp_path: Path, monkeypatch: py
     assert "without a network" in error.mend
 
 
+def test_a_hub_data_set_is_asked_for_by_name_subset_and_split(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    asked = []
+
+    def load(path: str, name: str | None, *, split: str) -> datasets.Dataset:
+        asked.append((path, name, split))
+        return datasets.Dataset.from_list(ROWS)
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    assert read("openai/gsm8k", tmp_path / "s", subset="main", split="test") == ROWS
+    assert asked == [("openai/gsm8k", "main", "test")]
+
+
 def test_globs_and_folders_read_their_files_in_order(tmp_path: Path) -> None:
     for i in (2, 0, 1):
         (tmp_path / f"part{i}.jsonl").write_text(as_json_lines([ROWS[i]]))
