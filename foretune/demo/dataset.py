@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from foretune.demo.patterns import patterns
-from foretune.demo.vocabulary import LAST_NAMES, MEN, POOLS, RELATIONS, WOMEN, Half
+from foretune.demo.vocabulary import RELATIONS, Half, is_woman, make_name
 
 Triple = tuple[str, str, str]
 
@@ -69,32 +69,20 @@ def make_examples(half: Half, count: int | None = None, *, seed: int = SEED) -> 
 
 
 def _fill(sentence: str, facts: list[tuple[str, str, str]], half: Half, chooser: random.Random) -> Example:
-    """Put names into one pattern; no name twice."""
+    """Put names into one pattern; no word in two of them."""
     values: dict[str, str] = {}
-    female = False
     for slot in dict.fromkeys(_SLOT.findall(sentence)):
         if slot in _PRONOUNS:
-            values[slot] = _PRONOUNS[slot][0 if female else 1]
+            values[slot] = _PRONOUNS[slot][0 if is_woman(values["person"], half) else 1]
             continue
-        kind = slot.rstrip("0123456789")
-        if kind == "person":
-            name, is_woman = _person(half, chooser, taken=values)
-            female = is_woman if slot == "person" else female
-        else:
-            name = chooser.choice([item for item in POOLS[kind][half].split(", ") if item not in values.values()])
+        words: set[str] = {word for value in values.values() for word in value.split()}
+        name = make_name(slot.rstrip("2"), half, chooser)
+        while words & set(name.split()):
+            name = make_name(slot.rstrip("2"), half, chooser)
         values[slot] = name
     triples = [(values[subject], relation, values[item]) for subject, relation, item in facts]
     entities = frozenset(value for slot, value in values.items() if slot not in _PRONOUNS and slot != "aside")
     return Example(_SLOT.sub(lambda match: values[match[1]], sentence), triples, sentence, entities)
-
-
-def _person(half: Half, chooser: random.Random, *, taken: dict[str, str]) -> tuple[str, bool]:
-    """A name of which no part is taken, and whether it is a woman's."""
-    parts = {part for name in taken.values() for part in name.split()}
-    women, men = WOMEN[half].split(), MEN[half].split()
-    first = chooser.choice([name for name in women + men if name not in parts])
-    last = chooser.choice([name for name in LAST_NAMES[half].split() if name not in parts])
-    return f"{first} {last}", first in women
 
 
 def read_examples(path: Path) -> list[tuple[str, list[Triple]]]:

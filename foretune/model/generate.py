@@ -55,21 +55,21 @@ def continue_tokens(
     encoded = [list(prompt) for prompt in prompts]
     order = sorted(range(len(encoded)), key=lambda index: -len(encoded[index]))
     answers = [""] * len(encoded)
-    was_training, kept = model.training, model.generation_config
-    model.eval()
     # generate() fills what a caller's configuration leaves at its default from the model's own (sampling, penalties):
-    # only replacing the model's own makes it greedy for certain.
-    model.generation_config = _greedy(model, tokenizer, max_new_tokens)
+    # only replacing the model's own makes it greedy for certain. A peft wrapper generates with its base model's.
+    core = model.get_base_model() if hasattr(model, "get_base_model") else model
+    was_training, kept = core.training, core.generation_config
+    model.eval()
+    core.generation_config = _greedy(core, tokenizer, max_new_tokens)
     try:
         with torch.inference_mode():
             for start in range(0, len(order), batch_size):
                 indices = order[start : start + batch_size]
-                for index, text in zip(
-                    indices, _answer_batch(model, tokenizer, [encoded[i] for i in indices]), strict=True
-                ):
+                texts = _answer_batch(core, tokenizer, [encoded[index] for index in indices])
+                for index, text in zip(indices, texts, strict=True):
                     answers[index] = text
     finally:
-        model.generation_config = kept
+        core.generation_config = kept
         model.train(was_training)
     return answers
 
