@@ -41,6 +41,7 @@ from foretune.model import loading
 from foretune.model.adapters import restore_adapters
 from foretune.model.generate import continue_tokens
 from foretune.model.scoring import DocumentScores, fitting_device, score_documents
+from foretune.model.shape import read_shape
 
 Say = Callable[[str], None]
 
@@ -65,8 +66,10 @@ class _Work:
     tasks: Sequence[str]
     kind: str  # of device: "cpu" or "cuda"
     samples: list[Document]
+    sample_tokens: int  # longest answer to a sample
     answered: list[Document]
     references: list[str]
+    task_tokens: int  # longest answer to a task
 
 
 @dataclass(frozen=True)
@@ -117,7 +120,8 @@ def evaluate_run(
         like_run = _like_run(run, config, data)
         documents = _prepared(like_run, Path(plan.model), folder / "data", bound=bound, say=on_progress)
         target = folder / EvaluationReport.file_name
-    work = _work(documents, load_tokenizer(run.data / "tokenizer"), tasks, kind)
+    context = read_shape(Path(plan.model)).context_length
+    work = _work(documents, load_tokenizer(run.data / "tokenizer"), tasks, kind=kind, context=context)
     model = loading.load_model(
         Path(plan.model),
         precision=_precision(plan.precision, kind),
@@ -173,7 +177,8 @@ def evaluate_model(
         folder = Path(scratch) / "data"
         bound = max_tokens or MAX_TOKENS[kind]
         documents = _prepared(config, model_folder, folder, bound=bound, say=on_progress)
-        work = _work(documents, load_tokenizer(folder / "tokenizer"), tasks, kind)
+        context = read_shape(model_folder).context_length
+        work = _work(documents, load_tokenizer(folder / "tokenizer"), tasks, kind=kind, context=context)
         model = loading.load_model(
             model_folder,
             precision=_precision(precision or names.get(stored, "fp32"), kind),
@@ -233,14 +238,24 @@ def _precision(trained: str, kind: str) -> str:
     return "fp32" if trained == "fp16" and kind == "cpu" else trained
 
 
-def _work(data: Documents, tokenizer: Any, tasks: Sequence[str], kind: str) -> _Work:
-    """Choose what is answered, and refuse tasks that the data can't serve, before a model is loaded."""
+def _work(data: Documents, tokenizer: Any, tasks: Sequence[str], *, kind: str, context: int) -> _Work:
+    """Choose what is answered, and refuse tasks that the data can't serve, before a model is loaded.
+
+    Prompt and answer together stay within the model's context: beyond it some families fail, and others talk nonsense.
+    """
     answered = [document for document in data.documents if document.is_answered and document.answer]
-    short = [document for document in data.documents if len(document.prompt) <= _LONGEST_SAMPLE_PROMPT]
-    for_tasks = answered[: _TASK_DOCUMENTS[kind]] if tasks else []
+    longest = max((len(document.answer) for document in answered), default=0)
+    task_tokens = min(_LONGEST_TASK_ANSWER, longest + longest // 2 + 8, max(context // 2, 1))
+    fitting = [document for document in answered if len(document.prompt) + task_tokens <= context]
+    for_tasks = fitting[: _TASK_DOCUMENTS[kind]] if tasks else []
     references = [_text(tokenizer, document.answer) for document in for_tasks]
     check_documents(tasks, for_tasks, references)
-    return _Work(data, tokenizer, tasks, kind, short[:_NUM_SAMPLES], for_tasks, references)
+    sample_tokens = min(_SAMPLE_TOKENS[kind], max(context // 4, 1))
+    room = min(_LONGEST_SAMPLE_PROMPT, context - sample_tokens)
+    samples = [document for document in data.documents if document.answer and len(document.prompt) <= room]
+    return _Work(
+        data, tokenizer, tasks, kind, samples[:_NUM_SAMPLES], sample_tokens, for_tasks, references, task_tokens
+    )
 
 
 def _ask(model: Any, work: _Work) -> _Result:
@@ -248,9 +263,8 @@ def _ask(model: Any, work: _Work) -> _Result:
     device = fitting_device(model)
     model.to(device)
     scores = score_documents(model, work.data.batches, device)
-    samples = _answers(model, work, work.samples, _SAMPLE_TOKENS[work.kind])
-    longest = max((len(document.answer) for document in work.answered), default=0)
-    answers = _answers(model, work, work.answered, min(_LONGEST_TASK_ANSWER, longest + longest // 2 + 8))
+    samples = _answers(model, work, work.samples, work.sample_tokens)
+    answers = _answers(model, work, work.answered, work.task_tokens)
     return _Result(scores, samples, answers)
 
 
@@ -286,7 +300,7 @@ def _report(work: _Work, *, base: _Result | None, tuned: _Result, step: int | No
         samples=[
             GenerationSample(
                 prompt=_text(work.tokenizer, document.prompt),
-                reference=_text(work.tokenizer, document.answer[: _SAMPLE_TOKENS[work.kind]]),
+                reference=_text(work.tokenizer, document.answer[: work.sample_tokens]),
                 base=before,
                 tuned=after,
             )

@@ -59,7 +59,7 @@ def check_documents(names: Sequence[str], documents: Sequence[Document], referen
     if not names:
         return
     if not documents:
-        problem = "needs documents with a prompt and an answer, and these data are plain texts"
+        problem = "needs documents with a prompt and an answer that leave room for an answer in the model's context"
         raise UserError("evaluate.tasks", ", ".join(names), problem, "leave the tasks out, or evaluate on other --data")
     if "gsm8k" in names and not all(final_number(reference) is not None for reference in references):
         problem = "needs answers that end with a number, and some of these hold none"
@@ -74,13 +74,15 @@ def score_answers(
     for name in names:
         score = TASKS[name]
         of_tuned = np.array([score(*pair) for pair in zip(references, tuned, strict=True)])
-        values = {"documents": float(len(references)), "tuned": float(of_tuned.mean())}
+        values = {"documents": float(len(references))}
         if base is not None:
             of_base = np.array([score(*pair) for pair in zip(references, base, strict=True)])
+            values["base"] = float(of_base.mean())
+        values["tuned"] = float(of_tuned.mean())
+        if base is not None:
             means = resampled_means((of_tuned - of_base)[None], np.ones(len(references)))
             low, high = interval(means[0])
             difference = float((of_tuned - of_base).mean())
-            values |= {"base": float(of_base.mean()), "difference": difference}
-            values |= {"difference_low": low, "difference_high": high}
+            values |= {"difference": difference, "difference_low": low, "difference_high": high}
         found[name] = values
     return found

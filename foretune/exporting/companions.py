@@ -67,7 +67,8 @@ def _base_generation(base: Path) -> dict[str, Any]:
     file = base / GENERATION_CONFIG
     if file.is_file():
         values: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        values.pop("transformers_version", None)
+        for key in ("transformers_version", "_from_model_config"):  # the latter lets transformers overwrite the rest
+            values.pop(key, None)
         return values
     config = json.loads((base / "config.json").read_text(encoding="utf-8"))
     return {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if config.get(key) is not None}

@@ -16,6 +16,7 @@ import torch
 from foretune.checkpoint import layout
 from foretune.errors import VerificationFailed
 from foretune.exporting.weights import WrittenWeights, write_weights
+from foretune.model.adapters import quiet_peft
 
 _ADAPTER_NAME = ".default"
 
@@ -74,7 +75,8 @@ def load_adapter(base: Any, folder: Path, written: WrittenWeights) -> Any:
     from peft import PeftModel, get_peft_model_state_dict
     from safetensors.torch import load_file
 
-    model = PeftModel.from_pretrained(base, str(folder))
+    with quiet_peft():
+        model = PeftModel.from_pretrained(base, str(folder))
     taken = get_peft_model_state_dict(model)
     stored = load_file(folder / "adapter_model.safetensors")
     for name in written.digests:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -70,4 +73,13 @@ def restore_adapters(model: Any, folder: Path) -> Any:
 
     config = PeftConfig.from_pretrained(str(folder))
     config.inference_mode = False  # the parameters stay what they were in training: trainable
-    return get_peft_model(model, config, autocast_adapter_dtype=False)
+    with quiet_peft():
+        return get_peft_model(model, config, autocast_adapter_dtype=False)
+
+
+@contextmanager
+def quiet_peft() -> Iterator[None]:
+    """Without peft's use of a name that transformers 5.23 has given up, which says nothing to a user."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+        yield

@@ -151,6 +151,7 @@ def evaluation_view(report: EvaluationReport, *, samples: int = 3, width: int = 
     parts: list[RenderableType] = [head, _indented(table)]
     if report.difference is not None:
         parts.append(_verdict(report.difference, report.difference_interval))
+    parts += [Text(f"  {printable(note)}", style="dim") for note in report.notes]
     for sample in report.samples[:samples]:
         parts += [Text(), *_sample(sample)]
     return Group(*parts)

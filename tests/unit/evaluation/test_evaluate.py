@@ -151,6 +151,18 @@ def test_the_bound_is_kept_and_said(make_run: Any, tmp_path: Path) -> None:
     assert any("intervals are rough" in note for note in part.notes)
 
 
+def test_answers_stay_within_the_models_context(make_run: Any, tmp_path: Path) -> None:
+    """GPT-2 has 64 positions here and fails beyond them; prompts that leave no room are not answered."""
+    rows = [{"question": " ".join(NOUNS) * (1 + i % 3), "answer": f"#### {i}"} for i in range(30)]
+    data = tmp_path / "long.jsonl"
+    data.write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
+    run, config = prepared_run(make_run, "gpt2-fp32-3", tmp_path / "run", data)
+    report = evaluate_run(run, config, data=str(texts(tmp_path / "texts.jsonl")))
+    assert len(report.samples) == 4
+    with pytest.raises(UserError, match="leave room for an answer"):
+        evaluate_run(run, config, data=str(data), tasks=["gsm8k"])
+
+
 def test_a_run_from_scratch_has_no_base(make_run: Any, tmp_path: Path) -> None:
     run, config = prepared_run(make_run, "llama-fp32-3", tmp_path / "run", texts(tmp_path / "texts.jsonl"))
     with_base = evaluate_run(run, config)
@@ -168,7 +180,7 @@ def test_refusals(make_run: Any, tmp_path: Path) -> None:
     with pytest.raises(UserError) as caught:
         evaluate_run(run, config, tasks=["squad"])
     assert caught.value.field == "evaluate.tasks"
-    with pytest.raises(UserError, match="plain texts"):
+    with pytest.raises(UserError, match="with a prompt and an answer"):
         evaluate_run(run, config, data=str(tmp_path / "a.jsonl"), tasks=["exact_match"])
     with pytest.raises(UserError):
         evaluate_run(run, config, data=str(tmp_path / "missing.jsonl"))

@@ -58,5 +58,5 @@ def test_unknown_tasks_are_refused_with_the_known_ones() -> None:
 
 def test_tasks_need_answers() -> None:
     check_documents([], [], [])
-    with pytest.raises(UserError, match="plain texts"):
+    with pytest.raises(UserError, match="with a prompt and an answer"):
         check_documents(["exact_match"], [], [])
