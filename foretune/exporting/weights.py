@@ -19,7 +19,7 @@ import torch
 from foretune.errors import VerificationFailed
 
 #: Bounds host memory while a model of any size is written.
-MAX_SHARD_BYTES = 4_000_000_000
+MAX_SHARD_BYTES = 2_000_000_000
 
 
 @dataclass
