@@ -30,7 +30,7 @@ class FakeEngine:
         return self.module(**inputs)
 
     def backward(self, loss: torch.Tensor) -> None:
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
 
     def step(self, learning_rate: float) -> StepResult:
         for group in self._optimizer.param_groups:

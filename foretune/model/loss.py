@@ -32,7 +32,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     """Σ nll over rows of `hidden`; see `linear_cross_entropy`."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         hidden: torch.Tensor,
         weight: torch.Tensor,
@@ -72,7 +72,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         scaled = [
             gradient * grad_output.to(gradient.dtype) if gradient is not None else None
             for gradient in ctx.saved_tensors
@@ -95,7 +95,9 @@ def linear_cross_entropy(
     Returns:
         Scalar in float32 (float64 for float64 inputs).
     """
-    result: torch.Tensor = _LinearCrossEntropy.apply(hidden, weight, bias, labels, chunk_tokens)
+    result: torch.Tensor = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
+        hidden, weight, bias, labels, chunk_tokens
+    )
     return result
 
 

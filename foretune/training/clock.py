@@ -40,7 +40,8 @@ class PhaseClock:
             self._add(phase, time.perf_counter() - start_seconds - communication)
             self._add("communication", communication)
             return
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start: torch.cuda.Event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        end: torch.cuda.Event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         start.record()
         yield
         end.record()

@@ -1,4 +1,4 @@
-"""The loop on plain PyTorch in one process: stopping, resuming, faults. (Real engines: tests/distributed, tests/road.)"""
+"""The loop on plain PyTorch in one process: stopping, resuming, faults."""
 
 import itertools
 from pathlib import Path
