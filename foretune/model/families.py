@@ -9,7 +9,7 @@ Symbols: h hidden size, i intermediate size, q = heads · head_dim, k = key-valu
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from foretune.errors import UserError
@@ -86,16 +86,44 @@ class Sizes:
 
 
 @dataclass(frozen=True)
+class Saved:
+    """What autograd keeps of one layer of Hugging Face's own code, as counts of elements per token.
+
+    `hidden` and `mlp` are multiples of h and i in the model's dtype, `hidden_fp32` of h in fp32 (the input of an RMS
+    norm). `norms` RMS norms also keep their normalised value for their weight's gradient, in fp32 where `wide`.
+    """
+
+    hidden: int
+    mlp: int
+    hidden_fp32: int = 0
+    norms: int = 0
+    wide: bool = False
+    queries: int = 2  # rotated queries and the attention's output
+    keys: int = 2  # rotated keys, and values
+    qk_norm: bool = False
+    fp32_scores: bool = False  # the family has no SDPA: whole attention scores, queries and keys in fp32
+
+
+_LLAMA_SAVED = Saved(hidden=2, hidden_fp32=2, norms=2, mlp=4)  # gate, its activation, up, their product
+_GEMMA_SAVED = Saved(hidden=2, hidden_fp32=2, norms=2, mlp=4, wide=True)
+_GEMMA2_SAVED = Saved(hidden=2, hidden_fp32=4, norms=4, mlp=4, wide=True)
+_LAYER_NORM_SAVED = Saved(
+    hidden=4, mlp=2
+)  # a LayerNorm keeps input and output, a fused activation its input and output
+_TANH_GELU_SAVED = Saved(hidden=4, mlp=5)  # GELU written out: input, half of it, tanh, 1 + tanh, output
+
+
+@dataclass(frozen=True)
 class Anatomy:
-    """What differs between families: linears and norms of a layer, and what is around the layers."""
+    """What differs between families: linears and norms of a layer, what is around the layers, what autograd keeps."""
 
     linears: tuple[Linear, ...]
     norms: int
     final_norm: int
+    saved: Saved
     positions: int = 0
     embedding: int | None = None  # None: V · h
     head_bias: bool = False
-    gated: bool = True
 
 
 def sizes_of(keys: Keys) -> Sizes:
@@ -132,17 +160,25 @@ def _plain_mlp(s: Sizes, first: str, second: str, bias: bool = True) -> tuple[Li
 
 def _gpt2(keys: Keys, s: Sizes) -> Anatomy:
     linears = (Linear("c_attn", s.h, 3 * s.h, True), Linear("c_proj", s.h, s.h, True), *_plain_mlp(s, "c_fc", "c_proj"))
-    return Anatomy(linears, norms=4 * s.h, final_norm=2 * s.h, positions=s.context * s.h, gated=False)
+    return Anatomy(linears, norms=4 * s.h, final_norm=2 * s.h, saved=_TANH_GELU_SAVED, positions=s.context * s.h)
 
 
 def _gpt_neo(keys: Keys, s: Sizes) -> Anatomy:
     linears = (*_attention(s, out_bias=True, out="out_proj"), *_plain_mlp(s, "c_fc", "c_proj"))
-    return Anatomy(linears, norms=4 * s.h, final_norm=2 * s.h, positions=s.context * s.h, gated=False)
+    return Anatomy(
+        linears,
+        norms=4 * s.h,
+        final_norm=2 * s.h,
+        saved=replace(_TANH_GELU_SAVED, fp32_scores=True),
+        positions=s.context * s.h,
+    )
 
 
 def _gptj(keys: Keys, s: Sizes) -> Anatomy:
     linears = (*_attention(s, out="out_proj"), *_plain_mlp(s, "fc_in", "fc_out"))
-    return Anatomy(linears, norms=2 * s.h, final_norm=2 * s.h, head_bias=True, gated=False)
+    return Anatomy(
+        linears, norms=2 * s.h, final_norm=2 * s.h, saved=Saved(hidden=2, mlp=5, fp32_scores=True), head_bias=True
+    )
 
 
 def _gpt_neox(keys: Keys, s: Sizes) -> Anatomy:
@@ -152,7 +188,7 @@ def _gpt_neox(keys: Keys, s: Sizes) -> Anatomy:
         Linear("dense", s.h, s.h, bias),
         *_plain_mlp(s, "dense_h_to_4h", "dense_4h_to_h"),
     )
-    return Anatomy(linears, norms=4 * s.h, final_norm=2 * s.h, gated=False)
+    return Anatomy(linears, norms=4 * s.h, final_norm=2 * s.h, saved=Saved(hidden=6, mlp=2))
 
 
 def _opt(keys: Keys, s: Sizes) -> Anatomy:
@@ -166,45 +202,60 @@ def _opt(keys: Keys, s: Sizes) -> Anatomy:
         linears,
         norms=2 * affine,
         final_norm=final,
+        saved=Saved(hidden=4, mlp=1),
         positions=(s.context + 2) * s.h,
         embedding=s.vocab * width + around,
-        gated=False,
     )
 
 
 def _llama(keys: Keys, s: Sizes) -> Anatomy:
     bias = keys.flag("attention_bias")
     linears = (*_attention(s, qkv_bias=bias, out_bias=bias), *_gated_mlp(s, keys.flag("mlp_bias")))
-    return Anatomy(linears, norms=2 * s.h, final_norm=s.h)
+    return Anatomy(linears, norms=2 * s.h, final_norm=s.h, saved=_LLAMA_SAVED)
+
+
+def _gemma(keys: Keys, s: Sizes) -> Anatomy:
+    return replace(_llama(keys, s), saved=_GEMMA_SAVED)
 
 
 def _qwen2(keys: Keys, s: Sizes) -> Anatomy:
-    return Anatomy((*_attention(s, qkv_bias=True), *_gated_mlp(s)), norms=2 * s.h, final_norm=s.h)
+    return Anatomy((*_attention(s, qkv_bias=True), *_gated_mlp(s)), norms=2 * s.h, final_norm=s.h, saved=_LLAMA_SAVED)
 
 
 def _qwen3(keys: Keys, s: Sizes) -> Anatomy:
     bias = keys.flag("attention_bias")
     return Anatomy(
-        (*_attention(s, qkv_bias=bias, out_bias=bias), *_gated_mlp(s)), norms=2 * s.h + 2 * s.head_dim, final_norm=s.h
+        (*_attention(s, qkv_bias=bias, out_bias=bias), *_gated_mlp(s)),
+        norms=2 * s.h + 2 * s.head_dim,
+        final_norm=s.h,
+        saved=replace(_LLAMA_SAVED, qk_norm=True),
     )
 
 
 def _gemma2(keys: Keys, s: Sizes) -> Anatomy:
     bias = keys.flag("attention_bias")
-    return Anatomy((*_attention(s, qkv_bias=bias, out_bias=bias), *_gated_mlp(s)), norms=4 * s.h, final_norm=s.h)
+    return Anatomy(
+        (*_attention(s, qkv_bias=bias, out_bias=bias), *_gated_mlp(s)),
+        norms=4 * s.h,
+        final_norm=s.h,
+        saved=_GEMMA2_SAVED,
+    )
 
 
 def _gemma3(keys: Keys, s: Sizes) -> Anatomy:
     bias = keys.flag("attention_bias")
     return Anatomy(
-        (*_attention(s, qkv_bias=bias, out_bias=bias), *_gated_mlp(s)), norms=4 * s.h + 2 * s.head_dim, final_norm=s.h
+        (*_attention(s, qkv_bias=bias, out_bias=bias), *_gated_mlp(s)),
+        norms=4 * s.h + 2 * s.head_dim,
+        final_norm=s.h,
+        saved=replace(_GEMMA2_SAVED, qk_norm=True),
     )
 
 
 def _phi(keys: Keys, s: Sizes) -> Anatomy:
     linears = (*_attention(s, qkv_bias=True, out_bias=True, out="dense"), *_plain_mlp(s, "fc1", "fc2"))
     qk_norms = 4 * s.head_dim if keys.flag("qk_layernorm") else 0
-    return Anatomy(linears, norms=2 * s.h + qk_norms, final_norm=2 * s.h, head_bias=True, gated=False)
+    return Anatomy(linears, norms=2 * s.h + qk_norms, final_norm=2 * s.h, saved=Saved(hidden=3, mlp=5), head_bias=True)
 
 
 def _phi3(keys: Keys, s: Sizes) -> Anatomy:
@@ -214,19 +265,22 @@ def _phi3(keys: Keys, s: Sizes) -> Anatomy:
         Linear("gate_up_proj", s.h, 2 * s.i),
         Linear("down_proj", s.i, s.h),
     )
-    return Anatomy(linears, norms=2 * s.h, final_norm=s.h)
+    return Anatomy(linears, norms=2 * s.h, final_norm=s.h, saved=replace(_LLAMA_SAVED, queries=3, keys=4))
 
 
 def _starcoder2(keys: Keys, s: Sizes) -> Anatomy:
     bias = keys.flag("use_bias")
     linears = (*_attention(s, qkv_bias=bias, out_bias=bias), *_plain_mlp(s, "c_fc", "c_proj", bias))
-    return Anatomy(linears, norms=4 * s.h, final_norm=2 * s.h, gated=False)
+    return Anatomy(linears, norms=4 * s.h, final_norm=2 * s.h, saved=_LAYER_NORM_SAVED)
 
 
 def _olmo2(keys: Keys, s: Sizes) -> Anatomy:
     bias = keys.flag("attention_bias")  # QK-norms span all heads, unlike Qwen3's
     return Anatomy(
-        (*_attention(s, qkv_bias=bias, out_bias=bias), *_gated_mlp(s)), norms=2 * s.h + s.q + s.k, final_norm=s.h
+        (*_attention(s, qkv_bias=bias, out_bias=bias), *_gated_mlp(s)),
+        norms=2 * s.h + s.q + s.k,
+        final_norm=s.h,
+        saved=replace(_LLAMA_SAVED, qk_norm=True),
     )
 
 
@@ -234,7 +288,7 @@ def _unknown(keys: Keys, s: Sizes) -> Anatomy:
     """Llama-like; a mixture of experts counts every expert's gated MLP and the router."""
     experts = keys.get("num_local_experts", "num_experts", "n_routed_experts")
     if not isinstance(experts, int) or experts < 2:
-        return Anatomy((*_attention(s), *_gated_mlp(s)), norms=2 * s.h, final_norm=s.h)
+        return Anatomy((*_attention(s), *_gated_mlp(s)), norms=2 * s.h, final_norm=s.h, saved=_LLAMA_SAVED)
     i = keys.size("moe_intermediate_size", default=s.i)
     mlp = (
         Linear("gate_proj", s.h, i, copies=experts),
@@ -242,7 +296,7 @@ def _unknown(keys: Keys, s: Sizes) -> Anatomy:
         Linear("down_proj", i, s.h, copies=experts),
         Linear("gate", s.h, experts),
     )
-    return Anatomy((*_attention(s), *mlp), norms=2 * s.h, final_norm=s.h)
+    return Anatomy((*_attention(s), *mlp), norms=2 * s.h, final_norm=s.h, saved=_LLAMA_SAVED)
 
 
 #: Family → its anatomy, and the defaults of transformers' configuration class for what a config.json may leave out.
@@ -273,7 +327,7 @@ FAMILIES: dict[str, tuple[Callable[[Keys, Sizes], Anatomy], dict[str, Any]]] = {
     "qwen3": (_qwen3, {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32,
         "num_key_value_heads": 32, "head_dim": 128, "intermediate_size": 22016, "vocab_size": 151936,
         "max_position_embeddings": 32768}),
-    "gemma": (_llama, {"hidden_size": 3072, "num_hidden_layers": 28, "num_attention_heads": 16,
+    "gemma": (_gemma, {"hidden_size": 3072, "num_hidden_layers": 28, "num_attention_heads": 16,
         "num_key_value_heads": 16, "head_dim": 256, "intermediate_size": 24576, "vocab_size": 256000,
         "max_position_embeddings": 8192, "tie_word_embeddings": True}),
     "gemma2": (_gemma2, {"hidden_size": 2304, "num_hidden_layers": 26, "num_attention_heads": 8,

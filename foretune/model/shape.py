@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from foretune.errors import UserError
-from foretune.model.families import FAMILIES, Keys, Linear, anatomy_of, sizes_of
+from foretune.model.families import FAMILIES, Keys, Linear, Saved, anatomy_of, sizes_of
 
 
 @dataclass(frozen=True)
@@ -33,13 +33,14 @@ class ModelShape:
     head_dim: int
     context_length: int
     tied: bool
-    gated_mlp: bool
     linears: tuple[Linear, ...]  # of one transformer layer
     layer_norm_parameters: int  # of one transformer layer: norms, QK-norms
     embedding_parameters: int  # token embedding, and projections around it
     position_parameters: int  # learned positions
     final_norm_parameters: int
+    saved: Saved  # what autograd keeps of a layer
     head_parameters: int  # 0 when tied (but its bias, where it has one)
+    soft_capped_attention: bool = False  # whole attention scores: no fused kernel computes them
     plain_head: bool = True  # the output head is a linear map and nothing more (no soft-capping, no scaling)
     stored_dtype: str | None = None  # of the files, as config.json says it
     estimated: bool = False
@@ -195,7 +196,8 @@ def shape_of(values: Mapping[str, Any], *, origin: str) -> ModelShape:
         head_dim=s.head_dim,
         context_length=s.context,
         tied=tied,
-        gated_mlp=anatomy.gated,
+        saved=anatomy.saved,
+        soft_capped_attention=bool(keys.get("attn_logit_softcapping")),
         linears=anatomy.linears,
         layer_norm_parameters=anatomy.norms,
         final_norm_parameters=anatomy.final_norm,

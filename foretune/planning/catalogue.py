@@ -34,7 +34,7 @@ class Card:
 
     @property
     def network(self) -> float:
-        """Bytes per second a card adds to its machine's network where nothing is said: what such machines are sold with.
+        """Bytes per second a card adds to its machine's network where nothing is said, as such machines are sold.
 
         400 Gbit/s a card beside NVLink 4 and 5, 200 beside NVLink 3; other machines have one port of 100 Gbit/s.
         """

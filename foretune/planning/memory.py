@@ -1,9 +1,9 @@
-"""Memory of one rank and of one node in closed form. Bytes; ψ all parameters, ψt the trained ones, N the number of ranks.
+"""Memory of one rank and of one node in closed form. Bytes; ψ parameters, ψt the trained ones, N the number of ranks.
 
 Workload × Strategy × Cluster ──▶ parts by phase ──▶ the peak, and the phase it is in
 
-States (Rajbhandari et al. 2020, ZeRO, §3 and §5; transients measured on DeepSpeed 0.19.8 under a storage tracker), with b
-bytes of a parameter in forward (2 or 4), a of an accumulated gradient, s of the optimizer's states (8 for Adam):
+States (Rajbhandari et al. 2020, ZeRO, §3 and §5; transients measured on DeepSpeed 0.19.8 under a storage tracker),
+with b bytes of a parameter in forward (2 or 4), a of an accumulated gradient, s of the optimizer's states (8 for Adam):
 
     stage   parameters   fp32 master + states   gradients       added while stepping
     0       bψ           (4 if b=2) ψt + sψt    bψt             8ψt in 16 bits
@@ -11,8 +11,8 @@ bytes of a parameter in forward (2 or 4), a of an accumulated gradient, s of the
     2       bψ           (4+s)ψt/N              aψt/N           as stage 1; 0.8ψt/N with a=4, b=2
     3       bψ/N         (4+s)ψt/N              aψt/N           4·min(ψt/N, sub-group), 6 with 16-bit accumulation
 
-Offloading moves master, states and gradients to the host. Activations: `activation_bytes_per_token_layer`. A checkpointed
-layer keeps its input only, and recomputes itself in backward, one layer at a time (Chen et al. 2016).
+Offloading moves master, states and gradients to the host. Activations: `activation_bytes_per_token_layer`. A
+checkpointed layer keeps its input only, and recomputes itself in backward, one layer at a time (Chen et al. 2016).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from math import ceil
 from foretune.artifacts import Cluster
 from foretune.planning.strategy import BYTES, GIB, Strategy, Workload, buckets_for
 
-#: CUDA context, cuBLAS workspaces and kernels of one process; NCCL's channels come on top where there are several ranks.
+#: CUDA context, cuBLAS workspaces and kernels of one process; several ranks have NCCL's channels on top.
 CUDA_CONTEXT_BYTES = int(0.75 * GIB)
 NCCL_BYTES = int(0.5 * GIB)
 #: A Python process with torch, transformers and deepspeed imported, no weights.
@@ -89,7 +89,7 @@ def activation_bytes(work: Workload, strategy: Strategy) -> int:
     tokens = strategy.micro_batch_size * work.max_length
     kept = strategy.checkpointed_layers
     layers = (shape.num_layers - kept) * activation_bytes_per_token_layer(work) + kept * b * shape.hidden_size
-    # The last norm as in a layer, its output, cosines and sines, and ids, positions, labels and targets (int64).
+    # The last norm as in a layer and its output, cosines and sines, ids, positions, labels and targets (int64).
     around = (4 + 2 * b) * shape.hidden_size + 2 * b * shape.head_dim + 4 * 8
     mask = strategy.micro_batch_size * work.max_length**2 if work.packing else 0  # one boolean mask for all layers
     return tokens * (layers + around) + mask
@@ -217,7 +217,7 @@ def _step_bytes(work: Workload, strategy: Strategy, shard: int, stays: float, su
 
 
 def initialisation_bytes(work: Workload, strategy: Strategy, cluster: Cluster) -> int:
-    """Peak while the engine is built: weights, master, and a second copy of the shard on its way to fp32 (10ψ at N=1)."""
+    """Peak while the engine is built: weights, master, and a copy of the shard on its way to fp32 (10ψ at N=1)."""
     shard = ceil(work.trainable / cluster.world_size) if strategy.zero_stage else work.trainable
     return work.parameter_bytes * _held_parameters(work, strategy, cluster) + 8 * shard
 
@@ -245,7 +245,7 @@ def host_memory_per_node(work: Workload, strategy: Strategy, cluster: Cluster) -
         total += per_node * _power_of_two(work.gradient_bytes * shard)
     if strategy.offload_param:
         total += per_node * _power_of_two(work.parameter_bytes * ceil(work.parameters / cluster.world_size))
-    # Weights are mapped from their files and cost no memory of their own, except that a rank holds one whole shard file.
+    # Weights are mapped from their files and cost no memory of their own, except one whole file at a time.
     return total + min(work.parameter_bytes * work.parameters, 5 * GIB)
 
 

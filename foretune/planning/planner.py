@@ -1,55 +1,47 @@
 """The planner: shape, cluster and configuration in, `Plan` out, with a reason for every choice.
 
-    precision, batch, rates (defaults) ──▶ Workload
-    stage × offload × micro-batch × checkpointed layers ──memory──▶ those that fit ──time──▶ the fastest ──▶ Plan
+    what is to be computed (precision, batch, rates) ──▶ Workload ──search──▶ how (stage, offload, …) ──▶ Plan
 
-For each stage, offload and micro-batch the fewest checkpointed layers that fit are found by bisection: each costs time and
-frees memory, so nothing between is worth looking at. Of candidates within 2 % of the fastest, the one with the least
-machinery and memory wins. Pins narrow the search; what they forbid is refused with figures.
+The first half is mathematics and does not depend on how many devices there are (the precision excepted, which the
+hardware decides): a plan may change the layout, never the update. What a user has set is checked and kept.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
-from foretune.artifacts import Alternative, Cluster, Decision, Plan, Prediction, PreparedDataset
+from foretune.artifacts import Cluster, Decision, Plan, Prediction, PreparedDataset
 from foretune.config import Config
-from foretune.errors import NoPlanFits, UserError
+from foretune.errors import UserError
 from foretune.model.shape import ModelShape, read_shape
-from foretune.planning import defaults, memory, timing
+from foretune.planning import memory, search
 from foretune.planning.deepspeed_config import deepspeed_config
-from foretune.planning.memory import DeviceMemory
-from foretune.planning.shapes import known_shape
-from foretune.planning.strategy import Strategy, Workload, gib
+from foretune.planning.search import Candidate
+from foretune.planning.shapes import known_shape, nearest_names
+from foretune.planning.strategy import Precision, Workload
 
-Stage = Literal[0, 1, 2, 3]
-
-#: Tokens of one micro-batch on a CPU beyond which nothing gets faster and only memory is spent.
-CPU_MICRO_BATCH_TOKENS = 4096
-#: Candidates this near to the fastest count as equally fast.
-EQUALLY_FAST = 1.02
-#: Shares of the optimizer that may be offloaded at stage 3.
-OFFLOAD_RATIOS = tuple(round(0.1 * tenth, 1) for tenth in range(1, 11))
+#: Without data: a number of tokens that is stated, not known.
+ASSUMED_TOKENS = 10_000_000
+ASSUMED_MAX_LENGTH = 2048
+STEPS_PER_EPOCH_AIM = 100
+MOST_ROWS = 64
+FEWEST_DOCUMENTS = 8
 
 
 @dataclass(frozen=True)
-class Candidate:
-    """A strategy with its figures."""
+class DataFacts:
+    """What the plan knows of the data: measured where there is a prepared set, assumed (and said so) where not."""
 
-    strategy: Strategy
-    device: DeviceMemory
-    host_bytes: int
-    seconds: float
-    fits_device: bool
-    fits_host: bool
-
-    @property
-    def fits(self) -> bool:
-        return self.fits_device and self.fits_host
+    max_length: int
+    rows: int  # packed rows of one epoch, or documents when not packed
+    documents: int
+    tokens: int
+    document_length: float  # mean, at most max_length
+    length_reason: str
+    source: str
 
 
 def make_plan(
@@ -71,33 +63,27 @@ def make_plan(
         NoPlanFits: nothing fits, and nothing was pinned that forbids it.
     """
     shape = shape_for(model_folder)
-    data = defaults.data_facts(config, shape, prepared, tokens)
-    precision = defaults.choose_precision(config, cluster)
-    accumulation = defaults.choose_accumulation_dtype(config, precision.value)
-    batch = defaults.choose_global_batch(config, data)
+    data = data_facts(config, shape, prepared, tokens)
+    precision = choose_precision(config, cluster)
+    accumulation = choose_accumulation_dtype(config, precision.value)
+    batch = choose_global_batch(config, data)
     work = workload(config, shape, data, precision=precision.value, accumulation=accumulation.value, rows=batch.value)
-    refuse_impossible_pins(config, work, cluster)
+    search.refuse_impossible_pins(config, work, cluster)
 
-    candidates = [evaluate(work, strategy, cluster) for strategy in search_space(config, work, cluster)]
-    best = choose(config, work, cluster, candidates)
-    per_epoch, total = defaults.steps_of(config, data, batch.value)
-    rate = defaults.choose_learning_rate(config, shape.parameters)
-    every = defaults.choose_checkpoint_every(config, total, best.seconds)
+    candidates = [search.evaluate(work, strategy, cluster) for strategy in search.search_space(config, work, cluster)]
+    best = search.choose(config, work, cluster, candidates)
     chosen = best.strategy
-    decisions = [
+    per_epoch, total = steps_of(config, data, batch.value)
+    rate = choose_learning_rate(config, shape.parameters)
+    every = choose_checkpoint_every(config, total, best.seconds)
+    mathematics = [
         precision,
         accumulation,
         batch,
+        decide("train.max_length", data.max_length, data.length_reason),
         rate,
-        every,
-        *explain_strategy(config, work, cluster, best, candidates),
     ]
-    if shape.estimated:
-        decisions.append(
-            defaults.decide(
-                "model", shape.family, "this family is not known: its parameters are estimated as a llama's"
-            )
-        )
+    layout = search.explain_strategy(config, work, cluster, best, candidates)
     return Plan(
         model=str(model_folder),
         method=config.method,
@@ -120,14 +106,14 @@ def make_plan(
         learning_rate=rate.value,
         optimizer=config.train.optimizer,
         schedule=config.train.schedule,
-        warmup_steps=defaults.warmup_steps_of(config, total),
+        warmup_steps=warmup_steps_of(config, total),
         total_steps=total,
         steps_per_epoch=per_epoch,
         checkpoint_every=every.value,
         deepspeed_config=deepspeed_config(work, chosen, cluster, train=config.train),
-        decisions=decisions,
+        decisions=[*mathematics, *layout, every, *_notes(shape, cluster, data)],
         predicted=prediction(work, best, total_steps=total, keep=config.checkpoint.keep, data=data),
-        rejected=rejected_families(work, cluster, candidates, best),
+        rejected=search.rejected_families(cluster, candidates, best),
     )
 
 
@@ -137,11 +123,29 @@ def shape_for(model_folder: Path | str) -> ModelShape:
         known = known_shape(model_folder)
         if known is not None:
             return known
+        if near := nearest_names(model_folder):
+            raise UserError(
+                "model",
+                model_folder,
+                "there is no such folder, and the built-in table has no model of that name",
+                f"did you mean {' or '.join(near)}? Otherwise give a folder with a config.json",
+            )
     return read_shape(model_folder)
 
 
+def _notes(shape: ModelShape, cluster: Cluster, data: DataFacts) -> list[Decision]:
+    """What the reader should know that nobody chose."""
+    notes = [decide("hardware", cluster.accelerator.name, note) for note in cluster.notes]
+    notes.append(decide("data", data.tokens, data.source))
+    if shape.estimated:
+        notes.append(
+            decide("model", shape.family, "this family is not known: its parameters are estimated as a llama's")
+        )
+    return notes
+
+
 def workload(
-    config: Config, shape: ModelShape, data: defaults.DataFacts, *, precision: str, accumulation: str, rows: int
+    config: Config, shape: ModelShape, data: DataFacts, *, precision: Precision, accumulation: Precision, rows: int
 ) -> Workload:
     """The work of one step of this configuration."""
     if config.method == "lora":
@@ -155,7 +159,7 @@ def workload(
         frozen=frozen,
         lora_rank=config.lora.r if frozen else 0,
         precision=precision,
-        accumulation_dtype=accumulation,  # type: ignore[arg-type]
+        accumulation_dtype=accumulation,
         optimizer_state_bytes=states,
         max_length=data.max_length,
         global_batch_size=rows,
@@ -164,314 +168,7 @@ def workload(
     )
 
 
-def refuse_impossible_pins(config: Config, work: Workload, cluster: Cluster) -> None:
-    """What no amount of memory would make right."""
-    plan, layers = config.plan, work.shape.num_layers
-    if plan.checkpointed_layers != "auto" and plan.checkpointed_layers > layers:
-        raise UserError(
-            "plan.checkpointed_layers",
-            plan.checkpointed_layers,
-            f"the model has {layers} layers",
-            f"use at most {layers}",
-        )
-    if plan.offload_param is True and plan.zero_stage not in ("auto", 3):
-        raise UserError(
-            "plan.offload_param",
-            True,
-            f"ZeRO-{plan.zero_stage} keeps whole parameters on the device",
-            "set plan.zero_stage to 3",
-        )
-    share = _pinned_share(config)
-    if share and plan.zero_stage == 0:
-        raise UserError(
-            "plan.offload_optimizer",
-            plan.offload_optimizer,
-            "ZeRO-0 cannot offload",
-            "set plan.zero_stage to 1, 2 or 3",
-        )
-    if share is not None and 0 < share < 1:
-        if plan.zero_stage not in ("auto", 3):
-            raise UserError(
-                "plan.offload_optimizer",
-                share,
-                "only ZeRO-3 offloads a part of the optimizer",
-                "set plan.zero_stage to 3",
-            )
-        if config.train.optimizer != "adamw":
-            raise UserError(
-                "plan.offload_optimizer",
-                share,
-                "DeepSpeed offloads a part of the optimizer for AdamW only",
-                "use true or false",
-            )
-    if plan.zero_stage == 0 and work.accumulation_dtype != work.precision:
-        raise UserError(
-            "plan.gradient_accumulation_dtype",
-            work.accumulation_dtype,
-            f"ZeRO-0 can only add gradients up in {work.precision}",
-            f"use {work.precision}, or plan.zero_stage 1",
-        )
-
-
-def _pinned_share(config: Config) -> float | None:
-    asked = config.plan.offload_optimizer
-    return None if asked == "auto" else float(asked)
-
-
-def search_space(config: Config, work: Workload, cluster: Cluster) -> Iterator[Strategy]:
-    """Every combination worth looking at, with pins kept; layers are still to be chosen by `evaluate`'s caller."""
-    for stage, share, offload_param in _layouts(config, work, cluster):
-        for micro_batch, steps in _batches(config, work, cluster):
-            strategy = Strategy(
-                stage, micro_batch, steps, 0, share, offload_param, min(2048, micro_batch * work.max_length)
-            )
-            asked = config.plan.checkpointed_layers
-            layers = fewest_layers(work, strategy, cluster) if asked == "auto" else asked
-            yield replace(strategy, checkpointed_layers=layers)
-
-
-def _layouts(config: Config, work: Workload, cluster: Cluster) -> Iterator[tuple[Stage, float, bool]]:
-    """Stage, share of the optimizer in host memory, parameters in host memory."""
-    plan, pinned = config.plan, _pinned_share(config)
-    stages: tuple[Stage, ...] = (0, 1, 2, 3) if plan.zero_stage == "auto" else (plan.zero_stage,)
-    for stage in stages:
-        if stage == 0 and work.accumulation_dtype != work.precision:
-            continue  # DeepSpeed has no ZeRO-0 with 16-bit weights and fp32 accumulation
-        if pinned is not None:
-            shares: tuple[float, ...] = (pinned,)
-        elif cluster.accelerator.kind == "cpu" or stage == 0:
-            shares = (0.0,)
-        elif stage == 3 and config.train.optimizer == "adamw":
-            shares = (0.0, *OFFLOAD_RATIOS)
-        else:
-            shares = (0.0, 1.0)
-        for share in shares:
-            if (share and stage == 0) or (0 < share < 1 and stage != 3):
-                continue
-            for offload_param in _param_offloads(config, cluster, stage, share):
-                yield stage, share, offload_param
-
-
-def _param_offloads(config: Config, cluster: Cluster, stage: Stage, share: float) -> tuple[bool, ...]:
-    asked = config.plan.offload_param
-    if asked != "auto":
-        return (asked,) if stage == 3 or not asked else ()
-    return (False, True) if stage == 3 and share == 1 and cluster.accelerator.kind == "cuda" else (False,)
-
-
-def _batches(config: Config, work: Workload, cluster: Cluster) -> Iterator[tuple[int, int]]:
-    """(micro-batch, accumulation): rows of a rank's share in equal pieces; empty rows fill up what does not divide."""
-    plan, ranks = config.plan, cluster.world_size
-    share = ceil(work.global_batch_size / ranks)
-    most = share
-    if cluster.accelerator.kind == "cpu":
-        most = min(share, max(1, CPU_MICRO_BATCH_TOKENS // work.max_length))
-    if plan.micro_batch_size_per_gpu != "auto":
-        sizes = [plan.micro_batch_size_per_gpu]
-    elif plan.gradient_accumulation_steps != "auto":
-        sizes = [ceil(share / plan.gradient_accumulation_steps)]
-    else:
-        sizes = sorted(
-            {ceil(share / pieces) for pieces in range(1, share + 1) if ceil(share / pieces) <= most}, reverse=True
-        )
-    for size in sizes:
-        needed = ceil(share / size)
-        steps = needed if plan.gradient_accumulation_steps == "auto" else plan.gradient_accumulation_steps
-        if steps < needed:
-            raise UserError(
-                "plan.gradient_accumulation_steps",
-                steps,
-                f"{ranks} ranks × {size} rows × {steps} are fewer than the {work.global_batch_size} rows of a global batch",
-                f"use {needed}, a larger plan.micro_batch_size_per_gpu or a smaller train.global_batch_size",
-            )
-        yield size, steps
-
-
-def fewest_layers(work: Workload, strategy: Strategy, cluster: Cluster) -> int:
-    """The fewest checkpointed layers that fit the device; all of them if none fit."""
-    limit, low, high = memory.budget(cluster), 0, work.shape.num_layers
-
-    def fits(layers: int) -> bool:
-        return memory.device_memory(work, replace(strategy, checkpointed_layers=layers), cluster).peak <= limit
-
-    if fits(0):
-        return 0
-    if not fits(high):
-        return high
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (low, middle) if fits(middle) else (middle, high)
-    return high
-
-
-def evaluate(work: Workload, strategy: Strategy, cluster: Cluster) -> Candidate:
-    """A strategy's figures."""
-    device = memory.device_memory(work, strategy, cluster)
-    host = memory.host_memory_per_node(work, strategy, cluster)
-    seconds = timing.step_time(work, strategy, cluster).total
-    return Candidate(
-        strategy, device, host, seconds, device.peak <= memory.budget(cluster), host <= memory.host_budget(cluster)
-    )
-
-
-def choose(config: Config, work: Workload, cluster: Cluster, candidates: list[Candidate]) -> Candidate:
-    """The fastest that fits; among the equally fast the one with the least machinery, then the least memory."""
-    fitting = [candidate for candidate in candidates if candidate.fits]
-    if not fitting:
-        raise nothing_fits(config, work, cluster, candidates)
-    fastest = min(candidate.seconds for candidate in fitting)
-    return min(
-        (candidate for candidate in fitting if candidate.seconds <= EQUALLY_FAST * fastest),
-        key=lambda one: (
-            one.strategy.offload_param,
-            one.strategy.offload_optimizer,
-            one.strategy.zero_stage,
-            one.strategy.checkpointed_layers,
-            one.device.peak,
-        ),
-    )
-
-
-def nothing_fits(config: Config, work: Workload, cluster: Cluster, candidates: list[Candidate]) -> Exception:
-    """`UserError` for a pin that forbids what would fit, else `NoPlanFits` with the cheapest change that would do."""
-    nearest = min(
-        candidates,
-        key=lambda one: (
-            max(0, one.device.peak - memory.budget(cluster)) + max(0, one.host_bytes - memory.host_budget(cluster))
-        ),
-    )
-    pins = {name: value for name, value in config.plan.model_dump().items() if value != "auto"}
-    for name in pins:
-        without = config.model_copy(update={"plan": config.plan.model_copy(update={name: "auto"})})
-        if any(evaluate(work, strategy, cluster).fits for strategy in search_space(without, work, cluster)):
-            return UserError(
-                f"plan.{name}", pins[name], shortfall(nearest, cluster), f"remove plan.{name}: without it a plan fits"
-            )
-    lines = [f"{one.strategy.name}: {shortfall(one, cluster)}" for one in best_of_families(candidates)]
-    return NoPlanFits(lines, cheapest_change(config, work, cluster))
-
-
-def shortfall(one: Candidate, cluster: Cluster) -> str:
-    """``needs 93.1 of 80.0 GiB at 1 × 4096``: the figure that makes a candidate impossible."""
-    accelerator, s = cluster.accelerator, one.strategy
-    at = f"with a micro-batch of {s.micro_batch_size} and {s.checkpointed_layers} checkpointed layers"
-    if not one.fits_device:
-        what = "host memory a rank" if accelerator.kind == "cpu" else accelerator.name
-        usable = f"{gib(memory.budget(cluster))} usable of {gib(accelerator.memory_bytes)}"
-        return f"needs {gib(one.device.peak)}, {usable} ({what}), {at}"
-    usable = f"{gib(memory.host_budget(cluster))} usable of {gib(cluster.host_memory_bytes)}"
-    return f"needs {gib(one.host_bytes)} of host memory a node, {usable}"
-
-
-def cheapest_change(config: Config, work: Workload, cluster: Cluster) -> str:
-    """The first of the usual remedies that makes something fit: LoRA, shorter rows, more devices, more host memory."""
-
-    def fits(changed: Workload, on: Cluster) -> bool:
-        return any(evaluate(changed, strategy, on).fits for strategy in search_space(config, changed, on))
-
-    if config.method == "full":
-        trainable = work.shape.lora_parameters(config.lora.r, config.lora.target_modules)
-        if fits(replace(work, trainable=trainable, frozen=work.shape.parameters, lora_rank=config.lora.r), cluster):
-            return f"--set method=lora trains {trainable:,} parameters instead of {work.trainable:,}"
-    length = work.max_length // 2
-    while length >= 128:
-        if fits(replace(work, max_length=length, document_length=min(work.document_length, length)), cluster):
-            return f"--set train.max_length={length}"
-        length //= 2
-    for factor in (2, 4, 8, 16, 32, 64, 128):
-        if fits(work, cluster.model_copy(update={"nodes": cluster.nodes * factor})):
-            return f"{factor} times as many machines ({cluster.nodes * factor} × {cluster.devices_per_node} × {cluster.accelerator.name})"
-        if fits(work, cluster.model_copy(update={"host_memory_bytes": cluster.host_memory_bytes * factor})):
-            return f"{gib(cluster.host_memory_bytes * factor)} of host memory a machine"
-    return "a smaller model"
-
-
-def best_of_families(candidates: list[Candidate]) -> list[Candidate]:
-    """The best candidate of each family (stage, offloaded or not): one that fits and is fast, else the one nearest to fitting."""
-    families: dict[tuple[int, bool, bool], list[Candidate]] = {}
-    for one in candidates:
-        key = (one.strategy.zero_stage, one.strategy.offload_optimizer > 0, one.strategy.offload_param)
-        families.setdefault(key, []).append(one)
-    return [
-        min(family, key=lambda one: (not one.fits, one.seconds if one.fits else one.device.peak + one.host_bytes))
-        for _, family in sorted(families.items())
-    ]
-
-
-def rejected_families(
-    work: Workload, cluster: Cluster, candidates: list[Candidate], best: Candidate
-) -> list[Alternative]:
-    """Every family but the winner's, with the figure that rejected it."""
-    lost: list[Alternative] = []
-    for one in best_of_families(candidates):
-        same = one.strategy.name == best.strategy.name
-        if same or (
-            one.strategy.zero_stage == best.strategy.zero_stage
-            and bool(one.strategy.offload_optimizer) == bool(best.strategy.offload_optimizer)
-            and one.strategy.offload_param == best.strategy.offload_param
-        ):
-            continue
-        if not one.fits:
-            reason = shortfall(one, cluster)
-        elif one.seconds > EQUALLY_FAST * best.seconds:
-            reason = f"{one.seconds:.3g} s a step against {best.seconds:.3g}"
-        else:
-            reason = f"as fast ({one.seconds:.3g} s a step), but with more machinery"
-        lost.append(Alternative(name=one.strategy.name, reason=reason))
-    return lost
-
-
-def explain_strategy(
-    config: Config, work: Workload, cluster: Cluster, best: Candidate, candidates: list[Candidate]
-) -> list[Decision]:
-    """One reason per choice of the winner."""
-    plan, s, ranks = config.plan, best.strategy, cluster.world_size
-    used = f"{gib(best.device.peak)} of {gib(cluster.accelerator.memory_bytes)} a rank, at its peak in the {best.device.phase} phase"
-    lower = [
-        one
-        for one in best_of_families(candidates)
-        if one.strategy.zero_stage < s.zero_stage and not one.strategy.offload_optimizer
-    ]
-    if lower and not lower[-1].fits:
-        why = f"ZeRO-{lower[-1].strategy.zero_stage} {shortfall(lower[-1], cluster)}"
-    elif lower:
-        why = f"fastest that fits ({best.seconds:.3g} s a step; ZeRO-{lower[-1].strategy.zero_stage} {lower[-1].seconds:.3g} s)"
-    else:
-        why = f"the lowest stage possible here, so the least communication; {used}"
-    rows = ranks * s.micro_batch_size * s.accumulation_steps
-    empty = rows - work.global_batch_size
-    waste = f"; {empty} of {rows} rows are empty, to fill up {ranks} ranks" if empty > 0 else ""
-    batch = f"{ranks} ranks × {s.micro_batch_size} × {s.accumulation_steps} = the {work.global_batch_size} rows of a global batch{waste}"
-    layers = work.shape.num_layers
-    if not s.checkpointed_layers:
-        recompute = f"all activations fit: {used}"
-    else:
-        recompute = f"{s.checkpointed_layers} of {layers} layers recompute, the fewest that fit: {used}"
-
-    def made(name: str, value: object, reason: str) -> Decision:
-        pinned = getattr(plan, name) != "auto"
-        return defaults.decide(f"plan.{name}", value, f"as set; {reason}" if pinned else reason, pinned=pinned)
-
-    offload = (
-        "everything fits on the device"
-        if not s.offload_optimizer
-        else f"the device alone is too small; host memory {gib(best.host_bytes)} a node"
-    )
-    return [
-        made("zero_stage", s.zero_stage, why),
-        made("offload_optimizer", s.offload_optimizer, offload),
-        made(
-            "offload_param",
-            s.offload_param,
-            "parameters stay on the device" if not s.offload_param else "parameters do not fit on the device",
-        ),
-        made("micro_batch_size_per_gpu", s.micro_batch_size, batch),
-        made("gradient_accumulation_steps", s.accumulation_steps, batch),
-        made("checkpointed_layers", s.checkpointed_layers, recompute),
-    ]
-
-
-def prediction(work: Workload, one: Candidate, *, total_steps: int, keep: int, data: defaults.DataFacts) -> Prediction:
+def prediction(work: Workload, one: Candidate, *, total_steps: int, keep: int, data: DataFacts) -> Prediction:
     """What the chosen strategy is expected to take."""
     checkpoint = memory.checkpoint_bytes(work, one.strategy)
     tokens = work.global_batch_size * work.max_length * min(1.0, data.tokens / (data.rows * work.max_length))
@@ -486,4 +183,174 @@ def prediction(work: Workload, one: Candidate, *, total_steps: int, keep: int, d
         step_seconds=one.seconds,
         tokens_per_second=tokens / one.seconds,
         total_seconds=total_steps * one.seconds,
+    )
+
+
+def decide(config_field: str, value: Any, reason: str, *, pinned: bool = False) -> Decision:
+    """A decision about a dotted key."""
+    return Decision(field=config_field, value=value, reason=reason, pinned=pinned)
+
+
+def data_facts(config: Config, shape: ModelShape, prepared: PreparedDataset | None, tokens: int | None) -> DataFacts:
+    """Lengths and counts, from the prepared set or assumed.
+
+    Raises:
+        UserError: (field ``train.max_length``) longer than learned positions reach, or not what the data has.
+    """
+    asked = config.train.max_length
+    learned_positions = shape.position_parameters > 0
+    if asked != "auto" and asked > shape.context_length and learned_positions:
+        raise UserError(
+            "train.max_length",
+            asked,
+            f"this model has learned positions for {shape.context_length} tokens only",
+            f"use at most {shape.context_length}",
+        )
+    if prepared is not None:
+        if asked not in ("auto", prepared.max_length):
+            raise UserError(
+                "train.max_length",
+                asked,
+                f"the data was prepared with rows of {prepared.max_length} tokens",
+                "run prepare again, or remove the key",
+            )
+        documents = max(1, prepared.documents)
+        rows = prepared.packs if config.data.packing else max(prepared.packs, documents)
+        length = min(float(prepared.max_length), max(1.0, prepared.tokens / documents))
+        source = f"measured: {prepared.tokens:,} tokens in {documents:,} documents"
+        reason = prepared.max_length_reason
+        return DataFacts(prepared.max_length, max(1, rows), documents, prepared.tokens, length, reason, source)
+    max_length = asked if asked != "auto" else min(ASSUMED_MAX_LENGTH, shape.context_length)
+    count = tokens if tokens is not None else ASSUMED_TOKENS
+    rows = max(1, ceil(count / max_length))
+    source = "as given" if tokens is not None else "no data given: assumed"
+    reason = "as set" if asked != "auto" else f"no data given: {ASSUMED_MAX_LENGTH}, or the model's context if shorter"
+    return DataFacts(max_length, rows, rows, count, float(max_length), reason, f"{count:,} tokens an epoch, {source}")
+
+
+def choose_precision(config: Config, cluster: Cluster) -> Decision:
+    """fp32 on a CPU, bf16 on a GPU that has it, else fp16.
+
+    Raises:
+        UserError: (field ``train.precision``) what the hardware cannot compute.
+    """
+    asked, accelerator = config.train.precision, cluster.accelerator
+    if asked == "auto":
+        if accelerator.kind == "cpu":
+            return decide("train.precision", "fp32", "CPUs are fastest and exact in fp32")
+        if accelerator.bf16:
+            return decide(
+                "train.precision",
+                "bf16",
+                f"{accelerator.name} has bf16: half the memory, fp32's range, no loss scaling",
+            )
+        return decide("train.precision", "fp16", f"{accelerator.name} has no bf16; fp16 with dynamic loss scaling")
+    if asked == "fp16" and not accelerator.fp16:
+        raise UserError("train.precision", asked, "DeepSpeed refuses fp16 on a CPU", "use fp32 or auto")
+    if asked == "bf16" and accelerator.kind == "cuda" and not accelerator.bf16:
+        raise UserError("train.precision", asked, f"{accelerator.name} has no bf16", "use fp16 or auto")
+    reason = "as set"
+    if asked == "bf16" and accelerator.kind == "cpu" and not accelerator.bf16:
+        reason = "as set; this CPU has neither AVX-512 BF16 nor AMX, so expect about 20 times the time of fp32"
+    return decide("train.precision", asked, reason, pinned=True)
+
+
+def choose_accumulation_dtype(config: Config, precision: Precision) -> Decision:
+    """fp32 unless set: many small 16-bit gradients added up in 16 bits lose the small ones.
+
+    Raises:
+        UserError: (field ``plan.gradient_accumulation_dtype``) a 16-bit format that is not the model's.
+    """
+    asked, field = config.plan.gradient_accumulation_dtype, "plan.gradient_accumulation_dtype"
+    if asked == "auto":
+        if precision != "fp32" and config.plan.zero_stage == 0:
+            return decide(field, precision, f"ZeRO-0 can only add gradients up in {precision}")
+        reason = (
+            "sums of many gradients lose their small terms in 16 bits"
+            if precision != "fp32"
+            else "the gradients are fp32"
+        )
+        return decide(field, "fp32", reason)
+    if asked not in ("fp32", precision):
+        raise UserError(
+            field, asked, f"gradients computed in {precision} cannot be added up in {asked}", f"use fp32 or {precision}"
+        )
+    return decide(field, asked, "as set", pinned=True)
+
+
+def choose_global_batch(config: Config, data: DataFacts) -> Decision:
+    """Rows per update: about 100 updates an epoch, a power of two, 1 to 64 rows, at least 8 documents."""
+    asked, field = config.train.global_batch_size, "train.global_batch_size"
+    if asked != "auto":
+        return decide(field, asked, "as set", pinned=True)
+    documents_per_row = data.documents / data.rows
+    wanted = max(data.rows / STEPS_PER_EPOCH_AIM, FEWEST_DOCUMENTS / documents_per_row)
+    rows = 1
+    while rows * 2 <= wanted and rows < MOST_ROWS:
+        rows *= 2
+    if rows * documents_per_row < FEWEST_DOCUMENTS and rows < min(MOST_ROWS, data.rows):
+        rows *= 2
+    rows = max(1, min(rows, MOST_ROWS, data.rows))
+    steps = ceil(data.rows / rows)
+    return decide(
+        field,
+        rows,
+        f"{steps:,} updates an epoch of {data.rows:,} rows, each of about {rows * documents_per_row:,.0f} documents",
+    )
+
+
+def steps_of(config: Config, data: DataFacts, global_batch_size: int) -> tuple[int, int]:
+    """(steps of one epoch, steps of the run)."""
+    per_epoch = max(1, ceil(data.rows / global_batch_size))
+    total = config.train.max_steps or max(1, ceil(config.train.epochs * data.rows / global_batch_size))
+    return per_epoch, total
+
+
+def choose_learning_rate(config: Config, parameters: int) -> Decision:
+    """Peak learning rate by method and size.
+
+    Full fine-tuning with Adam: the larger the model, the smaller the step that does not destroy what it knows. 5e-4
+    below 50M and 1e-4 below 300M (small models forget little and learn slowly), 2e-5 below 2B (Alpaca; Llama 2's SFT),
+    1e-5 above (most SFT of 7B-70B). LoRA wants about ten times as much (Schulman et al. 2025, "LoRA Without Regret"):
+    2e-4 is the field's practice up to 20B, 1e-4 above (QLoRA, Dettmers et al. 2023). From random weights: GPT-3's table
+    (Brown et al. 2020, table 2.1). SGD has no scale per parameter: with the gradient's norm clipped to 1 and momentum
+    0.9, 5e-2 moves the weights about as far per step as Adam does with the values above (lr · sqrt(parameters) / 10).
+    """
+    train, field = config.train, "train.learning_rate"
+    if train.learning_rate != "auto":
+        return decide(field, train.learning_rate, "as set", pinned=True)
+    size = f"{parameters / 1e9:.2f}B" if parameters >= 1e9 else f"{parameters / 1e6:.1f}M"
+    if train.optimizer == "sgd":
+        return decide(
+            field, 5e-2, "SGD has no per-parameter scale: with clipped gradients it needs a far larger step than Adam"
+        )
+    if config.from_scratch:
+        table = [(50e6, 1e-3), (300e6, 6e-4), (1e9, 3e-4), (5e9, 2e-4), (float("inf"), 1.2e-4)]
+        why = "random weights of"
+    elif config.method == "lora":
+        table = [(50e6, 2e-3), (300e6, 1e-3), (20e9, 2e-4), (float("inf"), 1e-4)]
+        why = "LoRA on"
+    else:
+        table = [(50e6, 5e-4), (300e6, 1e-4), (2e9, 2e-5), (float("inf"), 1e-5)]
+        why = "full fine-tuning of"
+    rate = next(rate for limit, rate in table if parameters < limit)
+    return decide(field, rate, f"{why} {size} parameters; the larger the model, the smaller the step")
+
+
+def warmup_steps_of(config: Config, total_steps: int) -> int:
+    """Steps in which the learning rate rises."""
+    return min(total_steps, ceil(config.train.warmup_ratio * total_steps))
+
+
+def choose_checkpoint_every(config: Config, total_steps: int, step_seconds: float) -> Decision:
+    """A bound on lost work: a tenth of the run, or 15 minutes, whichever comes first."""
+    asked, field = config.checkpoint.every, "checkpoint.every"
+    if asked != "auto":
+        return decide(field, asked, "as set", pinned=True)
+    by_time = int(15 * 60 / max(step_seconds, 1e-6))
+    every = max(1, min(ceil(total_steps / 10), by_time))
+    lost = every * step_seconds
+    bound = f"{lost / 60:.0f} minutes" if lost >= 120 else f"{lost:.0f} seconds"
+    return decide(
+        field, every, f"a tenth of the run or 15 minutes, whichever is less: at most {bound} of work can be lost"
     )

@@ -8,6 +8,7 @@ from typing import Literal
 
 from foretune.model.shape import ModelShape
 
+Stage = Literal[0, 1, 2, 3]
 Precision = Literal["fp32", "bf16", "fp16"]
 BYTES: dict[str, int] = {"fp32": 4, "bf16": 2, "fp16": 2}
 GIB = 2**30
@@ -49,7 +50,7 @@ class Workload:
 class Strategy:
     """One way to lay the work out. `offload_optimizer` is the share of the optimizer that lives in host memory."""
 
-    zero_stage: Literal[0, 1, 2, 3]
+    zero_stage: Stage
     micro_batch_size: int
     accumulation_steps: int
     checkpointed_layers: int = 0

@@ -2,9 +2,10 @@
 
 Workload × Strategy × Cluster ──▶ compute + memory-bound + communication + offload + optimizer, per rank
 
-Compute: 2 FLOP a multiplied parameter and token forward, 4 backward (2 where the weights are frozen), 2 more where a layer
-is recomputed (Kaplan et al. 2020, §2.1), plus attention. Pointwise work moves the activations a few times through memory.
-Collectives move their volume (N-1)/N over the narrowest link (Thakur et al. 2005, ring). Constants carry their measurement.
+Compute: 2 FLOP a multiplied parameter and token forward, 4 backward (2 where the weights are frozen), 2 more where a
+layer is recomputed (Kaplan et al. 2020, §2.1), plus attention. Pointwise work moves the activations a few times through
+memory. Collectives move their volume (N-1)/N over the narrowest link (Thakur et al. 2005, ring). Constants carry their
+measurement.
 """
 
 from __future__ import annotations
@@ -19,12 +20,15 @@ from foretune.planning.strategy import Strategy, Workload
 MATMUL_SHARE = 0.79
 #: Of the peak, what causal flash attention reaches forward and backward: 49 ms for 20 TFLOP on an H100.
 ATTENTION_SHARE = 0.42
-#: fp32 matmuls on tensor cores in TF32 run at half the 16-bit peak at best; torch's default is plain fp32, near an eighth.
+#: fp32 matmuls against the 16-bit peak: torch does them without tensor cores unless TF32 is allowed.
 FP32_GPU_SHARE = 1 / 8
 #: bf16 on a CPU that has no instructions for it, against fp32.
 EMULATED_BF16_SLOWDOWN = 20.0
-#: Times that saved activations pass through memory in a step: written, read back, and their gradients once each way.
-ACTIVATION_PASSES = 4.0
+#: Times that saved activations pass through memory in a step: written, read back, their gradients once each way, and
+#: the values between the eager kernels of norms and rotary embeddings that nobody saves.
+ACTIVATION_PASSES = 6.0
+#: Times that LoRA's products pass a linear's input and both its outputs: 14.6k tokens/s at 7B on an H100, not 18.5k.
+ADAPTER_PASSES = 6.0
 #: Bytes of memory traffic per trained parameter in a fused Adam step with its casts and ZeRO's copies.
 OPTIMIZER_BYTES = 48.0
 #: Seconds per layer and micro-batch below which Python and kernel launches are the limit (forward and backward, eager).
@@ -65,7 +69,7 @@ def flops_per_row(work: Workload, checkpointed_layers: int = 0) -> float:
 
 
 def attention_flops_per_row(work: Workload, checkpointed_layers: int = 0) -> float:
-    """FLOP of causal attention in one row: per token, layer and side 2·q·(length/2), twice forward and five times backward."""
+    """FLOP of causal attention in one row: q · length per token, layer and product; two forward, five backward."""
     shape = work.shape
     width = shape.num_attention_heads * shape.head_dim
     passes = 7.0 + 2.0 * checkpointed_layers / shape.num_layers
@@ -85,6 +89,10 @@ def step_time(work: Workload, strategy: Strategy, cluster: Cluster) -> StepTime:
     recomputed = 1.0 + 0.5 * strategy.checkpointed_layers / work.shape.num_layers
     saved = activation_bytes_per_token_layer(work) * work.shape.num_layers
     traffic = ACTIVATION_PASSES * recomputed * rows * work.max_length * saved
+    if work.lora_rank:
+        ends = sum(linear.copies * (linear.inputs + 2 * linear.outputs) for linear in work.shape.linears)
+        layers = work.shape.num_layers * recomputed
+        traffic += ADAPTER_PASSES * layers * rows * work.max_length * work.parameter_bytes * ends
     # The logits: written, normalised, differentiated and multiplied, in fp32.
     traffic += rows * work.max_length * 6 * 4 * work.shape.vocab_size
     memory_bound = traffic / accelerator.memory_bandwidth
@@ -126,7 +134,7 @@ def _communication(work: Workload, strategy: Strategy, cluster: Cluster) -> floa
 
 
 def _update(work: Workload, strategy: Strategy, cluster: Cluster) -> tuple[float, float]:
-    """(offload, optimizer): seconds on the host's link and in the host's Adam, and seconds of the step on the device."""
+    """(offload, optimizer): seconds on the host's link and in the host's Adam, and of the step on the device."""
     accelerator = cluster.accelerator
     stage = strategy.zero_stage
     shard = work.trainable / (cluster.world_size if stage else 1)
