@@ -93,19 +93,7 @@ def run(
 
     Example:  foretune run --model gpt2 --data examples.jsonl
     """
-    wanted = _wanted(
-        config,
-        settings,
-        model=model,
-        data=data,
-        method=method,
-        epochs=epochs,
-        from_scratch=from_scratch,
-        allow_numerics=allow_numerics,
-        deterministic=deterministic,
-        trust_remote_code=trust_remote_code,
-    )
-    _travel(wanted, out, until="export", nproc=nproc, as_json=as_json, quiet=quiet)
+    _travel("export", **locals())
 
 
 @app.command()
@@ -180,8 +168,7 @@ def prepare(
 
     Example:  foretune prepare --model gpt2 --data examples.jsonl --out runs/first
     """
-    wanted = _wanted(config, settings, model=model, data=data, trust_remote_code=trust_remote_code)
-    _travel(wanted, out, until="prepare", as_json=as_json, quiet=quiet)
+    _travel("prepare", **locals())
 
 
 @app.command(epilog=_keys_text())
@@ -206,19 +193,7 @@ def train(
 
     Example:  foretune train --model gpt2 --data examples.jsonl --method lora --out runs/first
     """
-    wanted = _wanted(
-        config,
-        settings,
-        model=model,
-        data=data,
-        method=method,
-        epochs=epochs,
-        from_scratch=from_scratch,
-        allow_numerics=allow_numerics,
-        deterministic=deterministic,
-        trust_remote_code=trust_remote_code,
-    )
-    _travel(wanted, out, until="train", nproc=nproc, as_json=as_json, quiet=quiet)
+    _travel("train", **locals())
 
 
 @app.command()
@@ -347,20 +322,29 @@ def _wanted(config: Path | None, settings: list[str] | None, **options: Any) -> 
 
 
 def _travel(
-    config: Config, out: Path | None, *, until: StageName, nproc: int | None = None, as_json: bool, quiet: bool
+    until: StageName,
+    *,
+    config: Path | None,
+    settings: list[str] | None,
+    out: Path | None,
+    nproc: int | None = None,
+    as_json: bool,
+    quiet: bool,
+    **options: Any,
 ) -> None:
-    """Go the road with a view on stderr, then print the result."""
+    """Go the road with a view on stderr, then print the result. The arguments are a verb's own."""
     from foretune.pipeline import STAGES, default_out, travel
     from foretune.reporting.live import open_view
 
     if nproc is not None and nproc < 1:
         raise UserError("--nproc", nproc, "is not a number of ranks", "give 1 or more")
-    out = out or default_out(config)
-    names = [config.model, *(source.path for source in config.data.sources)]
+    wanted = _wanted(config, settings, **options)
+    out = out or default_out(wanted)
+    names = [wanted.model, *(source.path for source in wanted.data.sources)]
     title = " · ".join(Path(name).name for name in names) + f" → {out}"
     stages = STAGES[: STAGES.index(until) + 1]
     with results_alone_on_stdout(), open_view(title=title, stages=stages, quiet=quiet) as view:
-        result = travel(config, out=out, nproc=nproc, until=until, on_event=view)
+        result = travel(wanted, out=out, nproc=nproc, until=until, on_event=view)
     if as_json:
         typer.echo(json.dumps(result.as_json(), indent=2, ensure_ascii=False))
     else:

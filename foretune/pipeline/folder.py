@@ -70,13 +70,21 @@ def opened(run: RunFolder, config: Config) -> Iterator[bool]:
     with _writable(run.path):
         _refuse_foreign_folder(run.path)
         before = load_config(run.config) if run.config.is_file() else None
-        if before is not None and layout.complete_steps(run.checkpoints):
+        begun = bool(layout.complete_steps(run.checkpoints))
+        if before is not None and begun:
             _refuse_other_wishes(run.path, before, config)
         _create(run)
         with _locked(run.path):
-            if before != config:
-                write_atomically(run.config, to_yaml(config))
+            if not begun:
+                settle(run, config)
             yield before is not None and _flat(before, without=_FREE_KEYS) == _flat(config, without=_FREE_KEYS)
+
+
+def settle(run: RunFolder, config: Config) -> None:
+    """Write config.yaml: in a new run at once, in one with checkpoints when the plan was found to go on with them."""
+    text = to_yaml(config)
+    if not run.config.is_file() or run.config.read_text(encoding="utf-8") != text:
+        write_atomically(run.config, text)
 
 
 def expanded(field: str, name: str | os.PathLike[str]) -> Path:

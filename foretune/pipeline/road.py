@@ -35,7 +35,7 @@ from foretune.errors import UserError
 from foretune.events import EventKind, Journal, read_events
 from foretune.model.source import resolve_model
 from foretune.pipeline.first_look import look_at_model
-from foretune.pipeline.folder import default_out, expanded, opened, resolved
+from foretune.pipeline.folder import default_out, expanded, opened, resolved, settle
 from foretune.reporting.tables import evaluation_summary, plan_summary, prepared_summary
 from foretune.reporting.units import bytes_text, loss_text, plural
 
@@ -113,13 +113,14 @@ def travel(
     last = STAGES.index(until)
     with opened(run, config) as same_wishes, _journal(run) as journal:
         road = _Road(run, config, nproc=nproc, same_wishes=same_wishes, journal=journal, on_event=on_event)
-        model, prepared = road.prepare()
+        model, prepared = road.prepare(weights=until != "prepare" and not config.from_scratch)
         if last < STAGES.index("plan"):
             return RunResult(run.path, prepared)
         plan = road.plan(model, prepared)
+        settle(run, config)
         if last < STAGES.index("train"):
             return RunResult(run.path, prepared, plan)
-        checkpoint = road.train(plan, prepared)
+        checkpoint = road.train(plan)
         evaluation = road.evaluate(prepared, checkpoint) if last >= STAGES.index("evaluate") else None
         exported = road.export(checkpoint) if last >= STAGES.index("export") else ()
         return RunResult(run.path, prepared, plan, checkpoint, road.loss(), evaluation, exported, *road.account())
@@ -147,8 +148,8 @@ class _Road:
         """Write an event to the journal and hand it to whoever watches."""
         self.on_event(self.journal.write(kind, **payload))
 
-    def prepare(self) -> tuple[Path, PreparedDataset]:
-        """Find the model (fetch or convert it if need be), clean and pack the data."""
+    def prepare(self, *, weights: bool) -> tuple[Path, PreparedDataset]:
+        """Find the model (fetch or convert it, if need be), clean and pack the data."""
         from foretune.data import prepare
 
         say = self._progress_of("prepare")
@@ -159,13 +160,13 @@ class _Road:
                 self.config.model,
                 run_model_folder=self.run.model,
                 trust_remote_code=self.config.trust_remote_code,
-                weights=not self.config.from_scratch,
+                weights=weights,
             )
-            trust, weights = self.config.trust_remote_code, not self.config.from_scratch
-            look_at_model(model, trust_remote_code=trust, weights=weights)
+            look_at_model(model, trust_remote_code=self.config.trust_remote_code, weights=weights)
             say("loading the tokenizer")
             prepared = prepare(self.config, model_folder=model, out=self.run.data, on_progress=say)
             self.data_reused = before is not None and before.fingerprint == prepared.fingerprint
+            self._refuse_other_documents(prepared)
             done(prepared_summary(prepared), skipped=self.data_reused)
         for note in prepared.notes if not self.data_reused else ():
             self.tell(EventKind.NOTE, message=note)
@@ -186,18 +187,10 @@ class _Road:
             done(plan_summary(plan))
             return plan
 
-    def train(self, plan: Plan, prepared: PreparedDataset) -> Path:
+    def train(self, plan: Plan) -> Path:
         """Train to the last step of the plan; returns the last checkpoint."""
         from foretune import launch
 
-        newest = self._newest_manifest()
-        if newest is not None and newest.fingerprint != prepared.fingerprint:
-            raise UserError(
-                "data",
-                self.config.data.sources[0].path,
-                f"has changed since training began (the checkpoint of step {newest.step} is of other documents)",
-                "give another --out, or put the old file back",
-            )
         found = store.newest_complete(self.run.checkpoints)
         if found is not None and found[1].step >= plan.total_steps:
             self.tell(EventKind.STAGE_SKIPPED, stage="train", reason=f"already done: {found[1].step} steps")
@@ -290,6 +283,17 @@ class _Road:
             cluster.accelerator.name,
         )
         return plan if same_place and plan.model == str(model) else None
+
+    def _refuse_other_documents(self, prepared: PreparedDataset) -> None:
+        """Steps count batches of documents: those of a checkpoint can't be continued on others."""
+        newest = self._newest_manifest()
+        if newest is not None and newest.fingerprint != prepared.fingerprint:
+            raise UserError(
+                "data",
+                self.config.data.sources[0].path,
+                f"has changed since training began (the checkpoint of step {newest.step} is of other documents)",
+                "give another --out, or put the old file back",
+            )
 
     def _refuse_other_plan(self, plan: Plan) -> None:
         """A training that has begun is not carried over to a plan that its checkpoints don't fit."""

@@ -15,7 +15,7 @@ from foretune.artifacts import RunFolder
 from foretune.checkpoint import layout
 from foretune.config import Config, load_config, parse_config
 from foretune.errors import UserError
-from foretune.pipeline.folder import default_out, opened, resolved
+from foretune.pipeline.folder import default_out, opened, resolved, settle
 
 
 def config(**keys: Any) -> Config:
@@ -92,6 +92,9 @@ def test_a_new_folder_is_private_and_says_what_was_asked(tmp_path: Path) -> None
     assert open_once(run, config()) is True
     assert open_once(run, config(checkpoint={"keep": 9})) is True
     assert load_config(run.config).checkpoint.keep == 9
+    before = run.config.stat().st_mtime_ns
+    settle(run, config(checkpoint={"keep": 9}))
+    assert run.config.stat().st_mtime_ns == before
 
 
 def test_wishes_may_change_until_a_checkpoint_depends_on_them(tmp_path: Path) -> None:
@@ -99,7 +102,8 @@ def test_wishes_may_change_until_a_checkpoint_depends_on_them(tmp_path: Path) ->
     open_once(run, config())
     assert open_once(run, config(train={"seed": 1})) is False
     with_checkpoint(run)
-    assert open_once(run, config(train={"seed": 1}, plan={"zero_stage": 2})) is False  # the planner is asked again
+    assert open_once(run, config(train={"seed": 1}, plan={"zero_stage": 2})) is False  # the planner is asked again,
+    assert load_config(run.config).plan.zero_stage == "auto"  # and until it agrees nothing is written
     with pytest.raises(UserError) as caught:
         open_once(run, config(train={"seed": 2}, data="b.jsonl"))
     assert caught.value.field == "--out"
