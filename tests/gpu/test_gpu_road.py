@@ -1,0 +1,94 @@
+"""The whole road on a GPU with a model of the Qwen2.5-0.5B shape (random weights): full and LoRA, ZeRO-1 and ZeRO-3."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from foretune.artifacts import EvaluationReport, ExportedModel, Plan, RunFolder
+from foretune.events import EventKind, read_events
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU on this machine"),
+]
+TOKENIZER = Path(__file__).parents[1] / "models" / "stories260K"
+STEPS = 30
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from transformers import AutoModelForCausalLM, Qwen2Config
+
+    folder = tmp_path_factory.mktemp("model") / "qwen2-0.5b-shape"
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=151936, hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14,
+        num_key_value_heads=2, max_position_embeddings=4096, tie_word_embeddings=True, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).write_bytes((TOKENIZER / name).read_bytes())
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("data") / "sums.jsonl"
+    rows = [{"question": f"{a} plus {b}?", "answer": f"It is {a + b}."} for a in range(150) for b in range(100)]
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    return path
+
+
+@pytest.mark.parametrize(("method", "stage"), [("full", 1), ("full", 3), ("lora", 1), ("lora", 3)])
+def test_the_road_holds(method: str, stage: int, model: Path, data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    sets = [f"plan.zero_stage={stage}", f"method={method}", f"train.max_steps={STEPS}", "train.max_length=1024"]
+    sets += ["train.global_batch_size=16", "evaluate.validation=0.01"]
+    if method == "full":
+        sets.append("train.learning_rate=3e-4")
+    else:
+        sets.append("train.learning_rate=2e-3")
+    arguments = [sys.executable, "-m", "foretune", "run", "--model", str(model), "--data", str(data), "--out", str(out)]
+    arguments += [part for item in sets for part in ("--set", item)]
+    start = time.monotonic()
+    done = subprocess.run(
+        arguments, capture_output=True, text=True, timeout=400, env={**os.environ, "HF_HUB_OFFLINE": "1"}
+    )
+    seconds = time.monotonic() - start
+    logs = "".join(path.read_text()[-3000:] for path in sorted((out / "logs").glob("*.log")))
+    assert done.returncode == 0, done.stderr[-3000:] + logs
+    run = RunFolder(out)
+    plan = Plan.read(run.plan)
+    assert (plan.zero_stage, plan.method, plan.precision) == (stage, method, "bf16")
+    steps = [event for event in read_events(run.events) if event["kind"] == EventKind.STEP]
+    assert len(steps) == STEPS
+    assert steps[-1]["loss"] < steps[0]["loss"] - 1.0
+    report = EvaluationReport.read(run.evaluation)
+    assert report.difference is not None
+    assert report.difference < -1.0
+    manifests = [ExportedModel.read(path) for path in run.export.rglob(ExportedModel.file_name)]
+    assert manifests
+    assert all(m.max_logit_difference <= m.logit_tolerance for m in manifests)
+    settled = sorted(event["seconds"] for event in steps[3:])
+    figures = {
+        "method": method,
+        "zero_stage": stage,
+        "device": torch.cuda.get_device_name(),
+        "seconds": round(seconds, 1),
+        "micro_batch": f"{plan.micro_batch_size_per_gpu} x {plan.gradient_accumulation_steps}",
+        "loss": [round(steps[0]["loss"], 3), round(steps[-1]["loss"], 3)],
+        "step_seconds": round(settled[len(settled) // 2], 4),
+        "tokens_per_second": round(steps[-1]["tokens"] / settled[len(settled) // 2]),
+        "peak_gib": round(max(event["memory_bytes"] for event in steps) / 2**30, 2),
+        "predicted_gib": round(plan.predicted.gpu_memory_bytes / 2**30, 2),
+        "predicted_step_seconds": round(plan.predicted.step_seconds, 4),
+        "logit_difference": [m.max_logit_difference for m in manifests],
+        "difference": round(report.difference, 3),
+    }
+    print("FIGURES " + json.dumps(figures))
