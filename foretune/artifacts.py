@@ -94,11 +94,11 @@ class RenderedSample(Artifact):
 
 
 class PreparedDataset(Artifact):
-    """RUN/data/: Arrow shards of documents (`documents/*.arrow`: input_ids list<int32>, labels list<int32>, not shifted),
+    """RUN/data/: Arrow shards of documents (`documents/*.arrow`: input_ids, labels list<int32>, not shifted),
     the pack index (`packs.npz`: which slices of them are trained on and which are held out), `tokenizer/`, and this
     manifest, written last.
 
-    A *document* is one text or conversation. A *pack* is a list of documents, or of pieces of long texts, that share one
+    A *document* is one text or conversation. A *pack* is a list of documents, or pieces of long texts, that share one
     row of `max_length` tokens.
     """
 
@@ -110,7 +110,9 @@ class PreparedDataset(Artifact):
     vocab_size: int
     eos_token_id: int
     pad_token_id: int
-    stop_token_ids: list[int] = []  # what ends an answer: the end of sequence, and what the chat template closes turns with
+    stop_token_ids: list[
+        int
+    ] = []  # what ends an answer: end of sequence, and the token that the chat template closes a turn with
     chat_template: Literal["tokenizer", "fallback", "file", "none"]
     sources: list[SourceSummary]
     rows_read: int
@@ -237,7 +239,7 @@ class RankFile(Artifact):
 
 
 class Checkpoint(Artifact):
-    """RUN/checkpoints/step-00000120/: per-rank files and this manifest, written before the folder gets its final name."""
+    """RUN/checkpoints/step-00000120/: per-rank files and this manifest, written before the folder is renamed."""
 
     file_name: ClassVar[str] = "manifest.json"
     step: int

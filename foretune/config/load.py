@@ -85,7 +85,7 @@ def parse_setting(setting: str) -> tuple[str, Any]:
     if not separator or not key.strip():
         raise UserError("--set", setting, "is not of the form key=value", "write for example --set train.epochs=2")
     try:
-        return key.strip(), yaml.load(text, Loader=_Loader)  # noqa: S506 (a SafeLoader)
+        return key.strip(), yaml.load(text, Loader=_Loader)
     except yaml.YAMLError:
         return key.strip(), text
 
@@ -97,15 +97,21 @@ def to_yaml(config: Config) -> str:
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        raise UserError("CONFIG", str(path), "there is no such file", "check the path, or use --model and --data without a file")
+        raise UserError(
+            "CONFIG", str(path), "there is no such file", "check the path, or use --model and --data without a file"
+        )
     try:
-        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)  # noqa: S506 (a SafeLoader)
+        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError("CONFIG", str(path), f"is not YAML: {' '.join(str(error).split())}", "mend the named line") from None
+        raise UserError(
+            "CONFIG", str(path), f"is not YAML: {' '.join(str(error).split())}", "mend the named line"
+        ) from None
     if values is None:
         return {}
     if not isinstance(values, dict):
-        raise UserError("CONFIG", str(path), "holds no keys", "write lines such as `model: gpt2` and `data: examples.jsonl`")
+        raise UserError(
+            "CONFIG", str(path), "holds no keys", "write lines such as `model: gpt2` and `data: examples.jsonl`"
+        )
     return values
 
 
@@ -156,8 +162,12 @@ def _fault(field: str, items: list[Any], values: Mapping[str, Any]) -> UserError
         return UserError(field, value, "there is no such key", _nearest(field))
     if "missing" in kinds:
         what = {"model": "a hub id, a folder or a .gguf file", "data": "a file of examples"}.get(field, "a value")
-        return UserError(field, None, "is required", f"give {what}, for example --{field} …" if "." not in field else f"give {what}")
-    wanted = " or ".join(dict.fromkeys(item["msg"].removeprefix("Input should be ").removeprefix("a valid ") for item in items))
+        return UserError(
+            field, None, "is required", f"give {what}, for example --{field} …" if "." not in field else f"give {what}"
+        )
+    wanted = " or ".join(
+        dict.fromkeys(item["msg"].removeprefix("Input should be ").removeprefix("a valid ") for item in items)
+    )
     return UserError(field, value, f"should be {wanted}", f"set {field} to {wanted}")
 
 

@@ -13,9 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 Auto = Literal["auto"]
 PositiveInt = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-DataFormat = Literal[
-    "auto", "text", "prompt_completion", "instruction", "question_answer", "messages", "conversations"
-]
+DataFormat = Literal["auto", "text", "prompt_completion", "instruction", "question_answer", "messages", "conversations"]
 
 
 class Section(BaseModel):
@@ -28,22 +26,33 @@ class DataSource(Section):
     """One place that rows come from."""
 
     path: Annotated[str, Field(min_length=1, description="file, folder, glob, saved data set, or hub data-set id")]
-    weight: Annotated[float, Field(gt=0, description="how often each document is seen per epoch (0.5 = every other)")] = 1.0
+    weight: Annotated[
+        float, Field(gt=0, description="how often each document is seen per epoch (0.5 = every other)")
+    ] = 1.0
     format: Annotated[DataFormat, Field(description="form of the rows; auto tells it from the columns")] = "auto"
     subset: Annotated[str | None, Field(description="configuration name of a hub data set")] = None
     split: Annotated[str, Field(description="split of a data set")] = "train"
 
 
 class DataConfig(Section):
-    """Where the rows come from and how they become tokens. ``data: FILE`` is short for ``data: {sources: [{path: FILE}]}``."""
+    """Where the rows come from and how they become tokens.
+
+    ``data: FILE`` is short for ``data: {sources: [{path: FILE}]}``.
+    """
 
     sources: Annotated[list[DataSource], Field(min_length=1, description="where rows come from")]
-    format: Annotated[DataFormat, Field(description="form of the rows of every source that does not say its own")] = "auto"
+    format: Annotated[DataFormat, Field(description="form of the rows of every source that does not say its own")] = (
+        "auto"
+    )
     train_on_prompt: Annotated[bool, Field(description="also learn the prompt's tokens, not only the answers'")] = False
-    chat_template: Annotated[str | None, Field(description="path of a Jinja chat template to use instead of the tokenizer's")] = None
+    chat_template: Annotated[
+        str | None, Field(description="path of a Jinja chat template to use instead of the tokenizer's")
+    ] = None
     system: Annotated[str | None, Field(description="system message for conversations that have none")] = None
     packing: Annotated[bool, Field(description="pack several documents into a row, isolated from each other")] = True
-    deduplicate: Annotated[bool, Field(description="drop documents whose tokens are the same as an earlier one's")] = True
+    deduplicate: Annotated[bool, Field(description="drop documents whose tokens are the same as an earlier one's")] = (
+        True
+    )
     num_proc: Annotated[PositiveInt | Auto, Field(description="processes that read and tokenise")] = "auto"
 
 
@@ -53,7 +62,9 @@ class LoraConfig(Section):
     r: Annotated[PositiveInt, Field(description="rank of the adapters")] = 16
     alpha: Annotated[float, Field(gt=0, description="scale of the adapters' output is alpha / r")] = 32.0
     dropout: Annotated[float, Field(ge=0, lt=1, description="dropout before the adapters")] = 0.0
-    target_modules: Annotated[list[str] | Literal["all-linear"], Field(description="which layers get an adapter")] = "all-linear"
+    target_modules: Annotated[list[str] | Literal["all-linear"], Field(description="which layers get an adapter")] = (
+        "all-linear"
+    )
 
 
 class TrainConfig(Section):
@@ -62,21 +73,38 @@ class TrainConfig(Section):
     epochs: Annotated[float, Field(gt=0, description="passes over the data")] = 1.0
     max_steps: Annotated[PositiveInt | None, Field(description="optimizer steps; overrides epochs")] = None
     learning_rate: Annotated[float, Field(gt=0)] | Auto = Field("auto", description="peak learning rate")
-    optimizer: Annotated[Literal["adamw", "adam", "sgd"], Field(description="adam couples weight decay with the gradient (L2)")] = "adamw"
+    optimizer: Annotated[
+        Literal["adamw", "adam", "sgd"], Field(description="adam couples weight decay with the gradient (L2)")
+    ] = "adamw"
     weight_decay: Annotated[float, Field(ge=0, description="weight decay of the optimizer")] = 0.0
     adam_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
     adam_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
     adam_epsilon: Annotated[float, Field(gt=0)] = 1e-8
     momentum: Annotated[float, Field(ge=0, lt=1, description="momentum of sgd")] = 0.9
-    schedule: Annotated[Literal["cosine", "linear", "constant"], Field(description="learning rate after the warm-up")] = "cosine"
-    warmup_ratio: Annotated[Fraction, Field(description="share of the steps in which the learning rate rises to its peak")] = 0.03
-    max_grad_norm: Annotated[float, Field(ge=0, description="clip the global gradient norm to this; 0 does not clip")] = 1.0
-    global_batch_size: Annotated[PositiveInt | Auto, Field(description="packed rows per optimizer step, over all ranks")] = "auto"
+    schedule: Annotated[
+        Literal["cosine", "linear", "constant"], Field(description="learning rate after the warm-up")
+    ] = "cosine"
+    warmup_ratio: Annotated[
+        Fraction, Field(description="share of the steps in which the learning rate rises to its peak")
+    ] = 0.03
+    max_grad_norm: Annotated[
+        float, Field(ge=0, description="clip the global gradient norm to this; 0 does not clip")
+    ] = 1.0
+    global_batch_size: Annotated[
+        PositiveInt | Auto, Field(description="packed rows per optimizer step, over all ranks")
+    ] = "auto"
     max_length: Annotated[PositiveInt | Auto, Field(description="tokens per row")] = "auto"
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
-    precision: Annotated[Literal["auto", "fp32", "bf16", "fp16"], Field(description="of forward and backward; master weights are fp32")] = "auto"
-    dropout: Annotated[Fraction | Literal["model"], Field(description="0 by default, so that every layout gives the same update; model keeps the model's own")] = 0.0
-    deterministic: Annotated[bool, Field(description="bit-identical repetition on a GPU, at some cost in speed")] = False
+    precision: Annotated[
+        Literal["auto", "fp32", "bf16", "fp16"], Field(description="of forward and backward; master weights are fp32")
+    ] = "auto"
+    dropout: Annotated[
+        Fraction | Literal["model"],
+        Field(description="0 by default, so that every layout gives the same update; model keeps the model's own"),
+    ] = 0.0
+    deterministic: Annotated[bool, Field(description="bit-identical repetition on a GPU, at some cost in speed")] = (
+        False
+    )
 
 
 class PlanConfig(Section):
@@ -84,12 +112,21 @@ class PlanConfig(Section):
 
     zero_stage: Annotated[Literal["auto", 0, 1, 2, 3], Field(description="ZeRO stage")] = "auto"
     offload_optimizer: Annotated[bool, Field()] | Annotated[float, Field(ge=0, le=1)] | Auto = Field(
-        "auto", description="keep optimizer states in host memory: true, false or a ratio")
+        "auto", description="keep optimizer states in host memory: true, false or a ratio"
+    )
     offload_param: Annotated[bool | Auto, Field(description="keep parameters in host memory (stage 3)")] = "auto"
-    micro_batch_size_per_gpu: Annotated[PositiveInt | Auto, Field(description="rows per forward pass on one rank")] = "auto"
-    gradient_accumulation_steps: Annotated[PositiveInt | Auto, Field(description="forward passes per optimizer step")] = "auto"
-    gradient_accumulation_dtype: Annotated[Literal["auto", "fp32", "bf16", "fp16"], Field(description="dtype gradients are summed in")] = "auto"
-    checkpointed_layers: Annotated[int, Field(ge=0)] | Auto = Field("auto", description="layers that recompute their activations")
+    micro_batch_size_per_gpu: Annotated[PositiveInt | Auto, Field(description="rows per forward pass on one rank")] = (
+        "auto"
+    )
+    gradient_accumulation_steps: Annotated[
+        PositiveInt | Auto, Field(description="forward passes per optimizer step")
+    ] = "auto"
+    gradient_accumulation_dtype: Annotated[
+        Literal["auto", "fp32", "bf16", "fp16"], Field(description="dtype gradients are summed in")
+    ] = "auto"
+    checkpointed_layers: Annotated[int, Field(ge=0)] | Auto = Field(
+        "auto", description="layers that recompute their activations"
+    )
 
 
 class CheckpointConfig(Section):

@@ -66,9 +66,7 @@ def run_case(folder: Path, stage: int, accumulation: int, packed: bool, device: 
         def after_step(self, report, state) -> None:
             reports.append(report)
 
-    train(
-        engine, loader, TrainState(), total_steps=STEPS, learning_rate=lambda step: LEARNING_RATE, hooks=[Collect()]
-    )
+    train(engine, loader, TrainState(), total_steps=STEPS, learning_rate=lambda step: LEARNING_RATE, hooks=[Collect()])
     weights = {}
     for name, parameter in engine.module.named_parameters():
         with engine.whole_parameters([parameter]):

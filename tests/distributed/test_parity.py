@@ -70,7 +70,13 @@ def reference(folder: Path) -> dict:
     before = {name: p.detach().numpy().copy() for name, p in model.named_parameters()}
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.0)
     loader = open_loader(
-        folder / "data", seed=SEED, global_batch_size=BATCH_ROWS, rank=0, world_size=1, micro_batch_size=1, packing=False
+        folder / "data",
+        seed=SEED,
+        global_batch_size=BATCH_ROWS,
+        rank=0,
+        world_size=1,
+        micro_batch_size=1,
+        packing=False,
     )
     losses, norms = [], []
     for step in range(STEPS):

@@ -147,7 +147,7 @@ def test_the_same_command_again_skips_everything(whole_run: Path, data: Path, en
 def test_interrupted_and_resumed_equals_uninterrupted(
     whole_run: Path, data: Path, environment: dict[str, str], tmp_path: Path
 ) -> None:
-    """Ctrl-C: the step is finished, saved, exit 75; the same command again ends in the same bits and the same losses."""
+    """Ctrl-C: the step is finished, saved, exit 75; the same command again ends in the same bits and losses."""
     out = tmp_path / "interrupted"
     arguments = command(data, out, "plan.zero_stage=2", verb="train")
     process, log = start(arguments, environment, tmp_path)

@@ -59,4 +59,7 @@ def test_sgd(momentum: float, problem: tuple[np.ndarray, np.ndarray]) -> None:
 def test_vectors_are_not_decayed() -> None:
     parameters = [torch.nn.Parameter(torch.ones(3, 3)), torch.nn.Parameter(torch.ones(3))]
     optimizer = build_optimizer(parameters, TrainConfig(weight_decay=0.1), learning_rate=RATE)
-    assert [(group["weight_decay"], group["params"][0].ndim) for group in optimizer.param_groups] == [(0.1, 2), (0.0, 1)]
+    assert [(group["weight_decay"], group["params"][0].ndim) for group in optimizer.param_groups] == [
+        (0.1, 2),
+        (0.0, 1),
+    ]

@@ -17,7 +17,8 @@ from foretune.training.schedule import learning_rate
 def test_rises_to_the_peak_then_never_rises_again(total: int, warmup_share: float, schedule: str) -> None:
     warmup = math.ceil(total * warmup_share)
     rates = [
-        learning_rate(step, peak=1.0, warmup_steps=warmup, total_steps=total, schedule=schedule) for step in range(total)
+        learning_rate(step, peak=1.0, warmup_steps=warmup, total_steps=total, schedule=schedule)
+        for step in range(total)
     ]
     assert all(0 <= rate <= 1 for rate in rates)
     assert rates[0] > 0, "the first step already learns"
