@@ -142,16 +142,16 @@ def test_what_would_mix_is_refused_and_changes_nothing(
     assert command("run", data, out).returncode == 0
 
 
-def test_data_that_changed_after_training_is_refused(out: Path, data: Path, tmp_path: Path) -> None:
-    changed = tmp_path / data.name
-    shutil.copy(data, changed)
-    config = RunFolder(out).config
-    config.write_text(config.read_text().replace(str(data), str(changed)))
-    assert command("run", changed, out).returncode == 0
-    with changed.open("a") as file:
-        file.write(json.dumps({"text": "a tale that was not there before"}) + "\n")
-    done = command("run", changed, out)
+def test_data_that_changed_after_training_is_refused_until_it_is_put_back(out: Path, data: Path) -> None:
+    content = data.read_text()
+    try:
+        data.write_text(content + json.dumps({"text": "a tale that was not there before"}) + "\n")
+        done = command("run", data, out)
+    finally:
+        data.write_text(content)
     assert done.returncode == 2, done.stderr
     error = json.loads(done.stdout)["error"]
     assert error["field"] == "data"
     assert "has changed since training began" in error["problem"]
+    assert "put the old file back" in error["mend"]
+    assert command("run", data, out).returncode == 0
