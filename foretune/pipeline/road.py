@@ -42,7 +42,7 @@ from foretune.reporting.units import bytes_text, loss_text, plural
 StageName = Literal["prepare", "plan", "train", "evaluate", "export"]
 STAGES: tuple[StageName, ...] = ("prepare", "plan", "train", "evaluate", "export")
 
-A = TypeVar("A", PreparedDataset, Plan, Checkpoint)
+A = TypeVar("A", PreparedDataset, Plan, Checkpoint, EvaluationReport)
 
 #: Called with every event that is written to the journal.
 EventSink = Callable[[Mapping[str, Any]], None]
@@ -210,10 +210,11 @@ class _Road:
         if prepared.validation_documents == 0:
             self.tell(EventKind.STAGE_SKIPPED, stage="evaluate", reason="no documents were held out")
             return None
-        if _newer(self.run.evaluation, checkpoint / layout.MANIFEST):
-            report = EvaluationReport.read(self.run.evaluation)
-            self.tell(EventKind.STAGE_SKIPPED, stage="evaluate", reason=f"already done: {evaluation_summary(report)}")
-            return report
+        step = Checkpoint.read(checkpoint / layout.MANIFEST).step
+        known = _read(EvaluationReport, self.run.path)
+        if known is not None and known.step == step and set(self.config.evaluate.tasks) <= set(known.tasks):
+            self.tell(EventKind.STAGE_SKIPPED, stage="evaluate", reason=f"already done: {evaluation_summary(known)}")
+            return known
         from foretune.evaluation import evaluate_run
 
         hide_progress_bars()
@@ -375,10 +376,6 @@ def _read(kind: type[A], folder: Path) -> A | None:
         return kind.read(folder / kind.file_name)
     except UserError:
         return None
-
-
-def _newer(path: Path, than: Path) -> bool:
-    return path.is_file() and path.stat().st_mtime_ns >= than.stat().st_mtime_ns
 
 
 def _versions() -> dict[str, str]:

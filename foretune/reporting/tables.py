@@ -139,18 +139,24 @@ def evaluation_view(report: EvaluationReport, *, samples: int = 3, width: int = 
     if report.base is not None:
         estimates.insert(0, ("base", report.base))
     for name, _ in estimates:
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", overflow="fold")
     table.add_row("loss (nats/token)", *[loss_text(item.loss) for _, item in estimates])
     table.add_row("95 % interval", *[_interval(item.interval) for _, item in estimates], style="dim")
     table.add_row("perplexity", *[f"{item.perplexity:,.4g}" for _, item in estimates])
     for task, values in report.tasks.items():
-        for measure, value in values.items():
-            table.add_row(f"{task} {measure}", *[""] * (len(estimates) - 1), f"{value:.4g}")
-    size = f"{plural(report.documents, 'document')}, {count_text(report.target_tokens)} target tokens"
-    head = Text(f"{printable(report.data)}: {size}")
-    parts: list[RenderableType] = [head, _indented(table)]
+        table.add_row(
+            task, *[f"{values[name]:.1%}" if name in values else "" for name in ("base", "tuned")[-len(estimates) :]]
+        )
+    available = report.documents_available or report.documents
+    part = f"{count_text(report.documents)} of " if available > report.documents else ""
+    size = f"{part}{plural(available, 'document')}, {count_text(report.target_tokens)} target tokens"
+    parts: list[RenderableType] = [Text(f"{printable(report.data)}: {size}"), _indented(table)]
     if report.difference is not None:
         parts.append(_verdict(report.difference, report.difference_interval))
+    for task, values in report.tasks.items():
+        if "difference" in values:
+            interval = f"{values['difference_low']:+.1%} to {values['difference_high']:+.1%}"
+            parts.append(Text(f"  {task}, tuned - base: {values['difference']:+.1%}, 95 % interval {interval}"))
     parts += [Text(f"  {printable(note)}", style="dim") for note in report.notes]
     for sample in report.samples[:samples]:
         parts += [Text(), *_sample(sample)]
