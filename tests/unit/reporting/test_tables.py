@@ -67,9 +67,10 @@ def make_plan(**changes: Any) -> Plan:
     rejected = [Alternative(name=f"way {n}", reason=f"loses by {n}", prediction=predicted) for n in range(6)]
     values: dict[str, Any] = {
         "model": "/cache/models--Qwen--Qwen2.5-7B/snapshots/abc", "method": "full", "parameters": 7_615_616_512,
-        "trainable_parameters": 7_615_616_512, "cluster": cluster, "world_size": 16, "precision": "bf16", 
-        "zero_stage": 2, "offload_optimizer": 0.0, "offload_param": False, "micro_batch_size_per_gpu": 2, 
-        "gradient_accumulation_steps": 4, "gradient_accumulation_dtype": "fp32", "checkpointed_layers": 0, "loss_chunk_tokens": 2048,
+        "trainable_parameters": 7_615_616_512, "cluster": cluster, "world_size": 16, "precision": "bf16",
+        "zero_stage": 2, "offload_optimizer": 0.0, "offload_param": False, "micro_batch_size_per_gpu": 2,
+        "gradient_accumulation_steps": 4, "gradient_accumulation_dtype": "fp32",
+        "checkpointed_layers": 0, "loss_chunk_tokens": 2048,
         "global_batch_size": 128, "max_length": 4096, "packing": True, "learning_rate": 1e-5, "optimizer": "adamw",
         "schedule": "cosine", "warmup_steps": 10, "total_steps": 340, "steps_per_epoch": 340, "checkpoint_every": 50,
         "deepspeed_config": {}, "decisions": decisions, "predicted": predicted, "rejected": rejected,
