@@ -19,6 +19,7 @@ from foretune.reporting.output import results_alone_on_stdout, show
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+    from foretune.artifacts import ExportedModel
     from foretune.pipeline import RunResult
     from foretune.pipeline.road import StageName
 
@@ -247,9 +248,8 @@ def export(
         return
     target = to or RunFolder(Path(what)).export
     for model in models:
-        folder = target if model.kind == "full" else target / model.kind
         verified = f"logits differ by {model.max_logit_difference:.2g}, {model.logit_tolerance:.2g} is allowed"
-        typer.echo(f"{folder}  step {model.step}, {model.dtype}; verified: {verified}")
+        typer.echo(f"{_folder_of(model, target)}  step {model.step}, {model.dtype}; verified: {verified}")
 
 
 @app.command()
@@ -352,11 +352,14 @@ def _travel(
 
 
 def _result_view(result: RunResult, until: StageName, width: int) -> list[RenderableType]:
+    from rich.text import Text
+
     from foretune.reporting import tables
 
     if until == "prepare":
-        return [tables.prepared_view(result.prepared, width=width), f"prepared: {result.out / 'data'}"]
+        return [tables.prepared_view(result.prepared, width=width), Text(f"prepared: {result.out / 'data'}")]
     parts: list[RenderableType] = []
+    ending: list[tuple[str, object]]
     if result.seconds_by_phase:
         parts += ["", "[bold]where the time went[/]", tables.breakdown_view(result.seconds_by_phase, width=width)]
     if result.predicted_against_measured:
@@ -365,10 +368,15 @@ def _result_view(result: RunResult, until: StageName, width: int) -> list[Render
         parts += ["", "[bold]base against tuned[/]", tables.evaluation_view(result.evaluation, width=width)]
     parts.append("")
     if until == "train":
-        parts.append(f"checkpoint: {result.checkpoint}\nnext: foretune export {result.out}")
+        ending = [("checkpoint", result.checkpoint), ("next", f"foretune export {result.out}")]
     else:
-        parts.append(f"run: {result.out}\nmodel: {result.out / 'export'}\nnext: foretune serve {result.out}")
-    return parts
+        models = [("model", _folder_of(model, result.out / "export")) for model in result.exported]
+        ending = [("run", result.out), *models, ("next", f"foretune serve {result.out}")]
+    return parts + [Text(f"{name}: {value}") for name, value in ending]
+
+
+def _folder_of(model: ExportedModel, target: Path) -> Path:
+    return target if model.kind == "full" else target / model.kind
 
 
 def _say(message: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import sys
@@ -9,18 +10,25 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 
 from rich.console import Console, RenderableType
+from rich.text import Text
 
 #: Columns of a pipe or file, where nobody says how many there are.
 _PIPE_WIDTH = 100
 
 
 def show(draw: Callable[[int], Sequence[RenderableType]]) -> None:
-    """Print on stdout what `draw` makes for a number of columns. Plain strings stay one line, however long."""
+    """Print on stdout what `draw` makes for a number of columns. Strings and texts stay one line each."""
     console = Console(highlight=False)
-    if not console.is_terminal:
-        console = Console(highlight=False, width=_PIPE_WIDTH, no_color=True)
-    for part in draw(console.width):
-        console.print(part, soft_wrap=isinstance(part, str))
+    if console.is_terminal:
+        for part in draw(console.width):
+            console.print(part, soft_wrap=isinstance(part, str | Text))
+        return
+    page = Console(file=io.StringIO(), highlight=False, width=_PIPE_WIDTH, no_color=True)
+    with page.capture() as captured:
+        for part in draw(_PIPE_WIDTH):
+            page.print(part, soft_wrap=isinstance(part, str | Text))
+    for line in captured.get().splitlines():
+        print(line.rstrip())  # rich fills columns with blanks, which are noise in a file
 
 
 @contextmanager
