@@ -1,7 +1,7 @@
 """Sentence patterns of the demo, written by hand: ``sentence | subject relation object; …``.
 
-``{person}`` and ``{person2}`` are two people; ``{They}``, ``{they}`` and ``{their}`` stand for `person`. The patterns asked
-about were written apart from those learnt: other verbs, other orders, other ways to join facts.
+``{person}`` and ``{person2}`` are two people; ``{They}``, ``{they}`` and ``{their}`` stand for `person`. The patterns
+asked about were written apart from those learnt: other verbs, other orders, other ways to join facts.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """How well answers state the facts: valid JSON, and precision, recall and F1 over whole triples.
 
-    answer ──first JSON value──▶ list of triples ──normalise──▶ multiset ──▶ hits, said, wanted ──sum over answers──▶ micro-F1
+    answer ──first JSON list──▶ triples ──normalise──▶ set ──▶ hits, said, wanted ──sum over answers──▶ micro-F1
 
 A triple counts only if subject, relation and object are all right: a name cut short is wrong.
 """
@@ -21,7 +21,7 @@ SYMMETRIC = frozenset({"spouse"})
 
 @dataclass(frozen=True)
 class TripleScore:
-    """Shares between 0 and 1. ``valid_json`` is the share of answers that are a JSON list of triples and nothing else."""
+    """Shares between 0 and 1. ``valid_json``: the share of answers that are a JSON list of triples and nothing else."""
 
     valid_json: float
     precision: float
@@ -81,7 +81,7 @@ def _first_list(text: str) -> Any:
 
 
 def _as_triple(item: Any) -> Triple | None:
-    """Also ``{"subject": …, "relation": …, "object": …}``: the base model is not to lose by a form it was not told of."""
+    """Also ``{"subject": …, "relation": …, "object": …}``: another form of the same is no fault."""
     if isinstance(item, dict) and item.keys() == {"subject", "relation", "object"}:
         item = [item["subject"], item["relation"], item["object"]]
     if not isinstance(item, list) or len(item) != 3 or not all(isinstance(part, str | int) for part in item):
@@ -90,7 +90,7 @@ def _as_triple(item: Any) -> Triple | None:
 
 
 def normalise(triple: Triple) -> Triple:
-    """Case, white space, Unicode form, a leading "the" and a closing full stop don't matter; nor the order of spouses."""
+    """Case, white space, Unicode form, a leading "the", a closing full stop and the order of spouses don't matter."""
     subject, relation, item = (_normalise_part(part) for part in triple)
     if relation in SYMMETRIC and item < subject:
         subject, item = item, subject
