@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import signal
@@ -31,6 +32,15 @@ from foretune.errors import (
 
 MODEL = Path(__file__).parents[1] / "models" / "stories260K"
 VERBS = [command.callback.__name__ for command in app.registered_commands if command.callback]
+
+
+@pytest.fixture(autouse=True)
+def _own_log_handlers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`main` gives the package's logger a handler on this test's stderr, which is closed when the test ends."""
+    logger = logging.getLogger("foretune")
+    monkeypatch.setattr(logger, "handlers", [])
+    monkeypatch.setattr(logger, "propagate", logger.propagate)
+    monkeypatch.setattr(logger, "level", logger.level)
 
 
 @pytest.fixture

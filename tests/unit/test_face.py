@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import resource
 import subprocess
 import sys
 import time
@@ -56,17 +58,18 @@ def test_light_commands_bring_in_no_torch(words: tuple[str, ...]) -> None:
 
 @pytest.mark.parametrize("words", [("-h",), ("plan", "--model", str(MODEL))], ids=["-h", "plan"])
 def test_help_and_plan_answer_in_under_a_second(words: tuple[str, ...]) -> None:
-    def seconds() -> float:
-        start = time.perf_counter()
+    """By the clock; where other work keeps the cores busy through five tries, by the processor time that was needed."""
+    seconds, processor_seconds = [], []
+    for _ in range(5):
+        start, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
         subprocess.run([sys.executable, "-m", "foretune", *words], capture_output=True, check=True, timeout=60)
-        return time.perf_counter() - start
-
-    best = 1e9
-    for _ in range(5):  # the machine may be busy with other things: one undisturbed answer is what counts
-        best = min(best, seconds())
-        if best < 1.0:
-            break
-    assert best < 1.0
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        seconds.append(time.perf_counter() - start)
+        processor_seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+        if seconds[-1] < 1.0:
+            return
+    assert os.getloadavg()[0] > len(os.sched_getaffinity(0)), seconds
+    assert min(processor_seconds) < 0.8
 
 
 def test_importing_the_package_imports_next_to_nothing() -> None:
