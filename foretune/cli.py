@@ -17,10 +17,6 @@ from foretune.errors import UserError
 from foretune.reporting.output import results_alone_on_stdout, show
 
 if TYPE_CHECKING:
-    from rich.console import RenderableType
-
-    from foretune.artifacts import ExportedModel
-    from foretune.pipeline import RunResult
     from foretune.pipeline.road import StageName
 
 app = typer.Typer(
@@ -240,6 +236,7 @@ def export(
     """
     from foretune import pipeline
     from foretune.artifacts import RunFolder
+    from foretune.reporting.results import folder_of
 
     with results_alone_on_stdout():
         models = pipeline.export(what, to, kinds=kind or ("auto",), step=step, on_progress=_say)
@@ -249,7 +246,7 @@ def export(
     target = to or RunFolder(Path(what)).export
     for model in models:
         verified = f"logits differ by {model.max_logit_difference:.2g}, {model.logit_tolerance:.2g} is allowed"
-        typer.echo(f"{_folder_of(model, target)}  step {model.step}, {model.dtype}; verified: {verified}")
+        typer.echo(f"{folder_of(model, target)}  step {model.step}, {model.dtype}; verified: {verified}")
 
 
 @app.command()
@@ -288,6 +285,30 @@ def chat(
     from foretune import pipeline
 
     pipeline.chat(what, prompt=prompt, system=system, max_new_tokens=max_new_tokens, temperature=temperature)
+
+
+@app.command()
+def demo(
+    out: Out = None,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Of training.")] = 0,
+    nproc: Nproc = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Go the road on an embedded example: a 135M model learns to turn sentences into knowledge-graph triples.
+
+    Example:  foretune demo
+    """
+    from foretune.pipeline import DEMO_STAGES, demonstrate
+    from foretune.reporting.live import open_view
+
+    title = "demo: sentences become triples"
+    with results_alone_on_stdout(), open_view(title=title, stages=DEMO_STAGES, quiet=quiet) as view:
+        result = demonstrate(out=out, seed=seed, nproc=nproc, on_event=view)
+    if as_json:
+        typer.echo(json.dumps(result.as_json(), indent=2, ensure_ascii=False))
+        return
+    show(lambda width: result.view())
 
 
 @app.command()
@@ -333,8 +354,12 @@ def _travel(
     **options: Any,
 ) -> None:
     """Go the road with a view on stderr, then print the result. The arguments are a verb's own."""
+    from rich.text import Text
+
     from foretune.pipeline import STAGES, default_out, travel
     from foretune.reporting.live import open_view
+    from foretune.reporting.results import run_view
+    from foretune.reporting.tables import prepared_view
 
     if nproc is not None and nproc < 1:
         raise UserError("--nproc", nproc, "is not a number of ranks", "give 1 or more")
@@ -347,36 +372,20 @@ def _travel(
         result = travel(wanted, out=out, nproc=nproc, until=until, on_event=view)
     if as_json:
         typer.echo(json.dumps(result.as_json(), indent=2, ensure_ascii=False))
+    elif until == "prepare":
+        show(lambda width: [prepared_view(result.prepared, width=width), Text(f"prepared: {result.out / 'data'}")])
     else:
-        show(lambda width: _result_view(result, until, width))
-
-
-def _result_view(result: RunResult, until: StageName, width: int) -> list[RenderableType]:
-    from rich.text import Text
-
-    from foretune.reporting import tables
-
-    if until == "prepare":
-        return [tables.prepared_view(result.prepared, width=width), Text(f"prepared: {result.out / 'data'}")]
-    parts: list[RenderableType] = []
-    ending: list[tuple[str, object]]
-    if result.seconds_by_phase:
-        parts += ["", "[bold]where the time went[/]", tables.breakdown_view(result.seconds_by_phase, width=width)]
-    if result.predicted_against_measured:
-        parts += ["", "[bold]predicted against measured[/]", tables.predicted_view(result.predicted_against_measured)]
-    if result.evaluation is not None:
-        parts += ["", "[bold]base against tuned[/]", tables.evaluation_view(result.evaluation, width=width)]
-    parts.append("")
-    if until == "train":
-        ending = [("checkpoint", result.checkpoint), ("next", f"foretune export {result.out}")]
-    else:
-        models = [("model", _folder_of(model, result.out / "export")) for model in result.exported]
-        ending = [("run", result.out), *models, ("next", f"foretune serve {result.out}")]
-    return parts + [Text(f"{name}: {value}") for name, value in ending]
-
-
-def _folder_of(model: ExportedModel, target: Path) -> Path:
-    return target if model.kind == "full" else target / model.kind
+        show(
+            lambda width: run_view(
+                result.out,
+                checkpoint=result.checkpoint,
+                exported=result.exported,
+                evaluation=result.evaluation,
+                seconds_by_phase=result.seconds_by_phase,
+                predicted_against_measured=result.predicted_against_measured,
+                width=width,
+            )
+        )
 
 
 def _say(message: str) -> None:

@@ -1,5 +1,6 @@
 """The road and the verbs: `road` goes from data to export, `folder` keeps a run folder whole, `verbs` are the face."""
 
+from foretune.pipeline.demonstration import DEMO_STAGES, DemoResult, demonstrate
 from foretune.pipeline.folder import default_out
 from foretune.pipeline.road import STAGES, RunResult, travel
 from foretune.pipeline.verbs import (
@@ -17,11 +18,14 @@ from foretune.pipeline.verbs import (
 )
 
 __all__ = [
+    "DEMO_STAGES",
     "NO_DATA",
     "STAGES",
+    "DemoResult",
     "RunResult",
     "chat",
     "default_out",
+    "demonstrate",
     "evaluate",
     "export",
     "plan",
