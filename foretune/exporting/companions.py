@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from foretune.artifacts import PreparedDataset
-from foretune.data.chat_template import stop_token_ids
+from foretune.data.chat_template import load_tokenizer, stop_token_ids
 
 GENERATION_CONFIG = "generation_config.json"
 
@@ -40,16 +40,16 @@ def copy_tokenizer(tokenizer: Path, folder: Path) -> None:
             shutil.copy2(file, folder / file.name)
 
 
-def write_generation_config(folder: Path, *, base: Path, prepared: PreparedDataset) -> list[int]:
+def write_generation_config(
+    folder: Path, *, base: Path, prepared: PreparedDataset, trust_remote_code: bool = False
+) -> list[int]:
     """Write ``generation_config.json``: the base model's, which also stops where training taught it to stop.
 
     Returns:
         The end-of-sequence ids: the base's, the tokenizer's, and the token that ends an assistant turn of the template.
     """
-    from transformers import AutoTokenizer
-
     values = _base_generation(base)
-    tokenizer = AutoTokenizer.from_pretrained(str(folder))
+    tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
     known = values.get("eos_token_id")
     ends = [*(known if isinstance(known, list) else [known]), prepared.eos_token_id, *stop_token_ids(tokenizer)]
     eos = list(dict.fromkeys(int(end) for end in ends if end is not None))

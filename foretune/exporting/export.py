@@ -168,7 +168,9 @@ def _export_one(source: _Source, kind: Kind, folder: Path) -> ExportedModel:
         written, check, eos = _write_model(source, kind, folder)
     model_config = loading.load_config(source.base, trust_remote_code=source.config.trust_remote_code)
     rows = model_config.get_text_config().vocab_size
-    template = check_tokenizer(folder, source.tokenizer, embedding_rows=rows)
+    template = check_tokenizer(
+        folder, source.tokenizer, embedding_rows=rows, trust_remote_code=source.config.trust_remote_code
+    )
     _write_card(source, kind, folder, check)
     manifest = ExportedModel(
         kind=kind,
@@ -199,7 +201,9 @@ def _write_model(source: _Source, kind: Kind, folder: Path) -> tuple[WrittenWeig
     written = write_weights(_as_published(skeleton, tensors), folder, dtype=source.dtype)
     config = loading.load_config(source.base, trust_remote_code=trust)
     companions.write_config(config, folder, architecture=type(skeleton).__name__, dtype=source.dtype, base=source.base)
-    eos = companions.write_generation_config(folder, base=source.base, prepared=source.prepared)
+    eos = companions.write_generation_config(
+        folder, base=source.base, prepared=source.prepared, trust_remote_code=source.config.trust_remote_code
+    )
     del tensors  # a merged model goes before the next copy comes
     check_weights(folder, written)
     model = load_and_check(folder, dtype=source.dtype, trust_remote_code=trust)
@@ -209,7 +213,9 @@ def _write_model(source: _Source, kind: Kind, folder: Path) -> tuple[WrittenWeig
 def _write_adapter(source: _Source, folder: Path) -> tuple[WrittenWeights, LogitCheck, list[int]]:
     base = source.config.model if base_name(source.config) == source.config.model else str(source.base)
     written = lora.write_adapter(source.weights(), folder, checkpoint=source.checkpoint, base=base)
-    eos = companions.write_generation_config(folder, base=source.base, prepared=source.prepared)
+    eos = companions.write_generation_config(
+        folder, base=source.base, prepared=source.prepared, trust_remote_code=source.config.trust_remote_code
+    )
     check_weights(folder, written)
     model = lora.load_adapter(_base_model(source), folder, written)
     return written, check_logits(model, source.reference, precision=source.plan.precision), eos

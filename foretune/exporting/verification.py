@@ -115,11 +115,15 @@ def check_logits(model: Any, reference: Path, *, precision: str) -> LogitCheck:
     return LogitCheck(difference, tolerance, max(divergence, 0.0), bounds.divergence)
 
 
-def check_tokenizer(folder: Path, trained_with: Path, *, embedding_rows: int) -> str | None:
+def check_tokenizer(
+    folder: Path, trained_with: Path, *, embedding_rows: int, trust_remote_code: bool = False
+) -> str | None:
     """The export's tokenizer is the one of training; returns the sha256 of its chat template, None if it has none."""
     from transformers import AutoTokenizer
 
-    exported, original = (AutoTokenizer.from_pretrained(str(path)) for path in (folder, trained_with))
+    exported, original = (
+        AutoTokenizer.from_pretrained(str(path), trust_remote_code=trust_remote_code) for path in (folder, trained_with)
+    )
     if exported.get_vocab() != original.get_vocab():
         raise VerificationFailed("export: its vocabulary is not the one that training used")
     if exported.chat_template != original.chat_template:

@@ -45,7 +45,7 @@ def test_card_tells_what_was_done(make_run: Any, tmp_path: Path) -> None:
         "bf16",
         "## Licence\n\nUnknown",
         'AutoModelForCausalLM.from_pretrained(folder, dtype="auto")',
-        "largest difference 0 (tolerance",
+        "reproduces them: largest difference",
     ):
         assert fact in card, fact
     assert "/somewhere/private" not in card
