@@ -19,8 +19,8 @@ from foretune.demo.dataset import TEST_FILE, TRAIN_FILE, Triple, conversation, m
 from foretune.demo.scoring import TripleScore, score
 from foretune.demo.smollm2 import fetch_smollm2
 
-#: The longest reference answer has 71 tokens; a base model that rambles is cut here.
-MAX_NEW_TOKENS = 80
+#: The longest reference answer has 50 tokens; a base model that rambles is cut here.
+MAX_NEW_TOKENS = 64
 BATCH_SIZE = 24
 
 
