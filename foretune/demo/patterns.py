@@ -262,7 +262,7 @@ The {landmark} stands in {city}. It was built in {year}. | landmark location cit
 {company} was founded by {person}, is based in {city} and is owned by {company2}. | company founder person; company location city; company owner company2
 {person} plays for the {team}, and {person2}, {their} spouse, works for {company}. | person team team; person spouse person2; person2 employer company
 The {landmark} is in {city}, the {landmark2} in {city2}. | landmark location city; landmark2 location city2
-It rained all day and the market stayed empty. |
+It rained all day in {city} and the market stayed empty. |
 Nothing much happened in {city} that year. |
 {person} likes tea and long walks. |
 """
