@@ -2,7 +2,7 @@
 
     patterns × names ──fill, seeded──▶ Example(sentence, triples, …) ──▶ conversations ──▶ train.jsonl, test.jsonl
 
-``python -m foretune.demo.dataset`` writes both files anew; a test holds the committed ones against it. The test half
+`write_files` makes both files anew; a test holds the committed ones against it. The test half
 shares no sentence pattern and no entity with the train half. One test sentence per pattern.
 """
 
@@ -111,12 +111,8 @@ def read_examples(path: Path) -> list[tuple[str, list[Triple]]]:
     return pairs
 
 
-def write_files(folder: Path) -> None:
-    """Write train.jsonl and test.jsonl into a folder."""
+def write_files(folder: Path = TRAIN_FILE.parent) -> None:
+    """Write train.jsonl and test.jsonl into a folder; by default, over the committed ones."""
     train, test = make_examples("train", TRAIN_EXAMPLES), make_examples("test")
     (folder / TRAIN_FILE.name).write_text(to_jsonl(train, turns=TRAIN_TURNS), encoding="utf-8")
     (folder / TEST_FILE.name).write_text(to_jsonl(test, turns=1), encoding="utf-8")
-
-
-if __name__ == "__main__":
-    write_files(TRAIN_FILE.parent)

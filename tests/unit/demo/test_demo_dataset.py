@@ -23,7 +23,7 @@ from foretune.demo.dataset import (
     write_files,
 )
 from foretune.demo.patterns import patterns
-from foretune.demo.vocabulary import ASIDES, RELATIONS, Half
+from foretune.demo.vocabulary import ASIDES, MEN, RELATIONS, WOMEN, Half
 
 Pairs = list[tuple[str, list[Triple]]]
 FILES: dict[Half, Path] = {"train": TRAIN_FILE, "test": TEST_FILE}
@@ -45,7 +45,7 @@ def test_the_committed_files_are_what_the_generator_makes(tmp_path: Path) -> Non
     write_files(tmp_path)
     for file in FILES.values():
         assert (tmp_path / file.name).read_bytes() == file.read_bytes(), (
-            f"run python -m foretune.demo.dataset: {file.name}"
+            f"{file.name}: call foretune.demo.dataset.write_files()"
         )
 
 
@@ -53,7 +53,7 @@ def test_sizes(train: Pairs, test: Pairs) -> None:
     assert sum(file.stat().st_size for file in FILES.values()) <= 200_000
     assert len(train) == TRAIN_EXAMPLES
     assert len(test) == len(patterns("test")) >= 40
-    assert len(set(sentence for sentence, _ in train)) == len(train)
+    assert len({sentence for sentence, _ in train}) == len(train)
 
 
 def test_rows_are_conversations_of_a_known_form() -> None:
@@ -156,14 +156,20 @@ def test_every_relation_is_learnt_and_asked_about_and_named_to_the_model(train: 
 
 
 def test_pronouns_agree_with_the_person() -> None:
-    said = {
-        example.sentence
-        for example in make_examples("train", 4 * len(patterns("train")))
-        if "{They}" in example.pattern
-    }
-    assert any(". She " in sentence and sentence.startswith("Mara ") for sentence in said) or said
-    for sentence in said:
-        assert (". She " in sentence or " she " in sentence) != (". He " in sentence or " he " in sentence), sentence
+    examples = [
+        example for example in make_examples("train", 4 * len(patterns("train"))) if "{They}" in example.pattern
+    ]
+    by_pronoun: dict[str, set[str]] = {"She": set(), "He": set()}
+    for example in examples:
+        said = re.findall(r"\b(She|He)\b", example.sentence)
+        first = re.match(r"\w+", example.sentence)
+        assert len(said) == 1, example.sentence
+        assert first is not None
+        if example.pattern.startswith("{person}"):
+            by_pronoun[said[0]].add(first[0])
+    assert by_pronoun["She"] <= set(WOMEN["train"].split())
+    assert by_pronoun["He"] <= set(MEN["train"].split())
+    assert all(len(names) > 5 for names in by_pronoun.values())
 
 
 def test_the_worked_examples_are_training_examples(train: Pairs) -> None:
