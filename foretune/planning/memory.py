@@ -5,11 +5,11 @@ Workload × Strategy × Cluster ──▶ parts by phase ──▶ the peak, and
 States (Rajbhandari et al. 2020, ZeRO, §3 and §5; transients measured on DeepSpeed 0.19.8 under a storage tracker),
 with b bytes of a parameter in forward (2 or 4), a of an accumulated gradient, s of the optimizer's states (8 for Adam):
 
-    stage   parameters   fp32 master + states   gradients       added while stepping
-    0       bψ           (4 if b=2) ψt + sψt    bψt             8ψt in 16 bits
-    1       bψ           (4+s)ψt/N              aψt + bψt       4ψt/N, (2+4)ψt/N with 16-bit accumulation
-    2       bψ           (4+s)ψt/N              aψt/N           as stage 1; 0.8ψt/N with a=4, b=2
-    3       bψ/N         (4+s)ψt/N              aψt/N           4·min(ψt/N, sub-group), 6 with 16-bit accumulation
+    stage   parameters   fp32 master + states   gradients            added while stepping
+    0       bψ           (4 if b=2) ψt + sψt    bψt                  8ψt in 16 bits
+    1       bψ           (4+s)ψt/N              aψt, + bψt if a≠b    4ψt/N in fp32, 6ψt/N with a=2, 0 with a=4, b=2
+    2       bψ           (4+s)ψt/N              aψt/N                the same, but 0.8ψt/N with a=4, b=2
+    3       bψ/N         (4+s)ψt/N              aψt/N                4·min(ψt/N, sub-group), 6 with a=2
 
 Offloading moves master, states and gradients to the host. Activations: `activation_bytes_per_token_layer`. A
 checkpointed layer keeps its input only, and recomputes itself in backward, one layer at a time (Chen et al. 2016).
@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from math import ceil
 
 from foretune.artifacts import Cluster
-from foretune.planning.strategy import BYTES, GIB, Strategy, Workload, buckets_for
+from foretune.planning.strategy import GIB, Strategy, Workload, buckets_for
 
 #: CUDA context, cuBLAS workspaces and kernels of one process; several ranks have NCCL's channels on top.
 CUDA_CONTEXT_BYTES = int(0.75 * GIB)
@@ -78,7 +78,7 @@ def activation_bytes_per_token_layer(work: Workload) -> int:
 
 
 def working_bytes_per_token(work: Workload) -> int:
-    """What the backward of one layer holds beside what was saved: gradients of the MLP's inner values and of its ends."""
+    """What a layer's backward holds beside what was saved: gradients of the MLP's inner values and of its ends."""
     shape = work.shape
     return work.parameter_bytes * (3 * shape.intermediate_size + 2 * shape.hidden_size)
 
@@ -143,9 +143,7 @@ def device_memory(work: Workload, strategy: Strategy, cluster: Cluster) -> Devic
     layer = tokens * (activation_bytes_per_token_layer(work) + working_bytes_per_token(work))
     # The layer whose backward runs: recomputed anew, or what it had saved is counted already.
     running = layer if strategy.checkpointed_layers else tokens * working_bytes_per_token(work)
-    # With one micro-batch a step, gradients grow while activations are freed: only the larger of both counts.
-    # ZeRO-0 never lets go of its gradients, it writes zeros into them.
-    accumulated = gradients if strategy.accumulation_steps > 1 or stage == 0 else 0
+    accumulated = _gradients_in_forward(work, strategy, gradients)
     phases = {
         "loss": {"gradients": accumulated, "activations": activations, "loss": loss},
         "backward": {
@@ -192,12 +190,26 @@ def _gradient_bytes(work: Workload, strategy: Strategy, shard: int, stays: float
     if stage == 0:
         return b * trained, b * widest
     if stage == 1:
-        kept = int(a * trained * (stays if strategy.offload_optimizer else 1))
+        # Summed in another format than they come in, gradients exist in both, and once more while they are added.
+        kept = (a + b if a != b else a) * trained
         return kept, b * trained if a != b else b * widest
     kept = int(a * shard * stays)
     if stage == 3 and not strategy.offload_optimizer:
         return kept, b * widest
     return kept, 2 * b * widest  # a tied or large embedding's gradient before it leaves for its owner
+
+
+def _gradients_in_forward(work: Workload, strategy: Strategy, gradients: int) -> int:
+    """Gradients that are there before the last backward begins: those of earlier micro-batches, or a standing buffer.
+
+    With one micro-batch a step and no standing buffer, gradients grow while activations are freed: only the larger of
+    both counts. ZeRO-0 writes zeros into its gradients, ZeRO-3 and the 16-bit ZeRO-1 keep a flat buffer for them.
+    """
+    if strategy.accumulation_steps > 1 or strategy.zero_stage in (0, 3):
+        return gradients
+    if strategy.zero_stage == 1 and work.gradient_bytes != work.parameter_bytes and not strategy.offload_optimizer:
+        return work.gradient_bytes * work.trainable
+    return 0
 
 
 def _step_bytes(work: Workload, strategy: Strategy, shard: int, stays: float, sub_group: int) -> int:
@@ -211,8 +223,8 @@ def _step_bytes(work: Workload, strategy: Strategy, shard: int, stays: float, su
         return fp32_gradients + (2 * tile if a == 2 else 0)
     if a == 2:
         return int(6 * shard * stays)
-    if b == 2:
-        return int((0.8 if stage == 2 else 2.0) * shard * stays)
+    if b == 2:  # ZeRO-1 in bf16 steps on the fp32 buffer that it keeps
+        return int(0.8 * shard * stays) if stage == 2 or work.precision == "fp16" else 0
     return int(4 * shard * stays)
 
 
@@ -223,7 +235,7 @@ def initialisation_bytes(work: Workload, strategy: Strategy, cluster: Cluster) -
 
 
 def host_memory_per_node(work: Workload, strategy: Strategy, cluster: Cluster) -> int:
-    """Host memory of one node: processes, what is offloaded, and the reading of the weights.
+    """Host memory of one node at its most: loading the weights, or running with what is offloaded and being saved.
 
     Offloading at stages 1 and 2 takes 18.4 bytes a parameter of the rank's shard (measured: device and host together
     20.4, the device 2). At stage 3: 12 bytes of the offloaded share, its fp32 gradients pinned, and the accumulated
@@ -234,19 +246,22 @@ def host_memory_per_node(work: Workload, strategy: Strategy, cluster: Cluster) -
         return per_node * max(
             device_memory(work, strategy, cluster).peak, initialisation_bytes(work, strategy, cluster)
         )
-    total = per_node * GPU_PROCESS_BYTES
     shard = ceil(work.trainable / cluster.world_size)
+    group = min(shard, buckets_for(work.shape, work.trainable).sub_group) if strategy.zero_stage == 3 else shard
+    # Saving copies one flat tensor at a time from the device: at stage 3 a sub-group's, else the whole shard's.
+    running = GPU_PROCESS_BYTES + 4 * group
     if strategy.offload_optimizer and strategy.zero_stage < 3:
-        total += int(per_node * (10.4 + work.optimizer_state_bytes) * shard)
+        running += int((10.4 + work.optimizer_state_bytes) * shard)
     elif strategy.offload_optimizer:
-        share, group = strategy.offload_optimizer, max(1, min(shard, buckets_for(work.shape, work.trainable).sub_group))
         pinned_gradients = shard / group * _power_of_two(4 * group)
-        total += int(per_node * share * ((4 + work.optimizer_state_bytes) * shard + pinned_gradients))
-        total += per_node * _power_of_two(work.gradient_bytes * shard)
+        states = (4 + work.optimizer_state_bytes) * shard
+        running += int(strategy.offload_optimizer * (states + pinned_gradients))
+        running += _power_of_two(work.gradient_bytes * shard)
     if strategy.offload_param:
-        total += per_node * _power_of_two(work.parameter_bytes * ceil(work.parameters / cluster.world_size))
-    # Weights are mapped from their files and cost no memory of their own, except one whole file at a time.
-    return total + min(work.parameter_bytes * work.parameters, 5 * GIB)
+        running += _power_of_two(work.parameter_bytes * ceil(work.parameters / cluster.world_size))
+    # Below stage 3 each rank reads the whole model before it goes to the device; at stage 3 weights stay mapped.
+    loading = GPU_PROCESS_BYTES + (work.parameter_bytes * work.parameters if strategy.zero_stage < 3 else 0)
+    return per_node * max(running, loading)
 
 
 def checkpoint_bytes(work: Workload, strategy: Strategy) -> int:
@@ -270,15 +285,3 @@ def budget(cluster: Cluster) -> int:
 def host_budget(cluster: Cluster) -> int:
     """Bytes of a node's host memory that a plan may fill."""
     return int(USABLE_SHARE * cluster.host_memory_bytes)
-
-
-__all__ = [
-    "BYTES",
-    "DeviceMemory",
-    "activation_bytes",
-    "budget",
-    "checkpoint_bytes",
-    "device_memory",
-    "host_budget",
-    "host_memory_per_node",
-]

@@ -29,6 +29,8 @@ ASSUMED_MAX_LENGTH = 2048
 STEPS_PER_EPOCH_AIM = 100
 MOST_ROWS = 64
 FEWEST_DOCUMENTS = 8
+#: Rows that are not packed are padded to the longest of their micro-batch.
+_PADDED = 1.25
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ class DataFacts:
     """What the plan knows of the data: measured where there is a prepared set, assumed (and said so) where not."""
 
     max_length: int
-    rows: int  # packed rows of one epoch, or documents when not packed
+    packs: int  # rows of one epoch when packed; a global batch is counted in these, packed or not
     documents: int
     tokens: int
     document_length: float  # mean, at most max_length
@@ -67,7 +69,7 @@ def make_plan(
     precision = choose_precision(config, cluster)
     accumulation = choose_accumulation_dtype(config, precision.value)
     batch = choose_global_batch(config, data)
-    work = workload(config, shape, data, precision=precision.value, accumulation=accumulation.value, rows=batch.value)
+    work = workload(config, shape, data, precision=precision.value, accumulation=accumulation.value, packs=batch.value)
     search.refuse_impossible_pins(config, work, cluster)
 
     candidates = [search.evaluate(work, strategy, cluster) for strategy in search.search_space(config, work, cluster)]
@@ -112,7 +114,7 @@ def make_plan(
         checkpoint_every=every.value,
         deepspeed_config=deepspeed_config(work, chosen, cluster, train=config.train),
         decisions=[*mathematics, *layout, every, *_notes(shape, cluster, data)],
-        predicted=prediction(work, best, total_steps=total, keep=config.checkpoint.keep, data=data),
+        predicted=prediction(work, best, packs=batch.value, total_steps=total, keep=config.checkpoint.keep, data=data),
         rejected=search.rejected_families(cluster, candidates, best),
     )
 
@@ -145,13 +147,14 @@ def _notes(shape: ModelShape, cluster: Cluster, data: DataFacts) -> list[Decisio
 
 
 def workload(
-    config: Config, shape: ModelShape, data: DataFacts, *, precision: Precision, accumulation: Precision, rows: int
+    config: Config, shape: ModelShape, data: DataFacts, *, precision: Precision, accumulation: Precision, packs: int
 ) -> Workload:
     """The work of one step of this configuration."""
     if config.method == "lora":
         trainable, frozen = shape.lora_parameters(config.lora.r, config.lora.target_modules), shape.parameters
     else:
         trainable, frozen = shape.parameters, 0
+    packing = config.data.packing
     states = 8 if config.train.optimizer != "sgd" else (4 if config.train.momentum else 0)
     return Workload(
         shape=shape,
@@ -162,16 +165,19 @@ def workload(
         accumulation_dtype=accumulation,
         optimizer_state_bytes=states,
         max_length=data.max_length,
-        global_batch_size=rows,
+        row_length=float(data.max_length) if packing else min(data.max_length, _PADDED * data.document_length),
+        rows=packs if packing else ceil(packs * data.documents / data.packs),
         document_length=data.document_length,
-        packing=config.data.packing,
+        packing=packing,
     )
 
 
-def prediction(work: Workload, one: Candidate, *, total_steps: int, keep: int, data: DataFacts) -> Prediction:
+def prediction(
+    work: Workload, one: Candidate, *, packs: int, total_steps: int, keep: int, data: DataFacts
+) -> Prediction:
     """What the chosen strategy is expected to take."""
     checkpoint = memory.checkpoint_bytes(work, one.strategy)
-    tokens = work.global_batch_size * work.max_length * min(1.0, data.tokens / (data.rows * work.max_length))
+    tokens = packs * data.tokens / data.packs
     # The newest is written before the oldest is deleted; the export holds the weights once more.
     disk = (keep + 1) * checkpoint + work.parameter_bytes * work.parameters + 8 * data.tokens
     return Prediction(
@@ -215,17 +221,18 @@ def data_facts(config: Config, shape: ModelShape, prepared: PreparedDataset | No
                 "run prepare again, or remove the key",
             )
         documents = max(1, prepared.documents)
-        rows = prepared.packs if config.data.packing else max(prepared.packs, documents)
         length = min(float(prepared.max_length), max(1.0, prepared.tokens / documents))
         source = f"measured: {prepared.tokens:,} tokens in {documents:,} documents"
         reason = prepared.max_length_reason
-        return DataFacts(prepared.max_length, max(1, rows), documents, prepared.tokens, length, reason, source)
+        return DataFacts(
+            prepared.max_length, max(1, prepared.packs), documents, prepared.tokens, length, reason, source
+        )
     max_length = asked if asked != "auto" else min(ASSUMED_MAX_LENGTH, shape.context_length)
     count = tokens if tokens is not None else ASSUMED_TOKENS
-    rows = max(1, ceil(count / max_length))
+    packs = max(1, ceil(count / max_length))
     source = "as given" if tokens is not None else "no data given: assumed"
     reason = "as set" if asked != "auto" else f"no data given: {ASSUMED_MAX_LENGTH}, or the model's context if shorter"
-    return DataFacts(max_length, rows, rows, count, float(max_length), reason, f"{count:,} tokens an epoch, {source}")
+    return DataFacts(max_length, packs, packs, count, float(max_length), reason, f"{count:,} tokens an epoch, {source}")
 
 
 def choose_precision(config: Config, cluster: Cluster) -> Decision:
@@ -283,26 +290,26 @@ def choose_global_batch(config: Config, data: DataFacts) -> Decision:
     asked, field = config.train.global_batch_size, "train.global_batch_size"
     if asked != "auto":
         return decide(field, asked, "as set", pinned=True)
-    documents_per_row = data.documents / data.rows
-    wanted = max(data.rows / STEPS_PER_EPOCH_AIM, FEWEST_DOCUMENTS / documents_per_row)
+    documents_per_row = data.documents / data.packs
+    wanted = max(data.packs / STEPS_PER_EPOCH_AIM, FEWEST_DOCUMENTS / documents_per_row)
     rows = 1
     while rows * 2 <= wanted and rows < MOST_ROWS:
         rows *= 2
-    if rows * documents_per_row < FEWEST_DOCUMENTS and rows < min(MOST_ROWS, data.rows):
+    if rows * documents_per_row < FEWEST_DOCUMENTS and rows < min(MOST_ROWS, data.packs):
         rows *= 2
-    rows = max(1, min(rows, MOST_ROWS, data.rows))
-    steps = ceil(data.rows / rows)
+    rows = max(1, min(rows, MOST_ROWS, data.packs))
+    steps = ceil(data.packs / rows)
     return decide(
         field,
         rows,
-        f"{steps:,} updates an epoch of {data.rows:,} rows, each of about {rows * documents_per_row:,.0f} documents",
+        f"{steps:,} updates an epoch of {data.packs:,} packed rows, each about {rows * documents_per_row:,.0f} documents",
     )
 
 
 def steps_of(config: Config, data: DataFacts, global_batch_size: int) -> tuple[int, int]:
-    """(steps of one epoch, steps of the run)."""
-    per_epoch = max(1, ceil(data.rows / global_batch_size))
-    total = config.train.max_steps or max(1, ceil(config.train.epochs * data.rows / global_batch_size))
+    """(steps of one epoch, steps of the run). The last batch of an epoch may be smaller: batches never span epochs."""
+    per_epoch = max(1, ceil(data.packs / global_batch_size))
+    total = config.train.max_steps or max(1, ceil(config.train.epochs * per_epoch))
     return per_epoch, total
 
 

@@ -123,8 +123,8 @@ def _layouts(config: Config, work: Workload, cluster: Cluster) -> Iterator[tuple
             continue  # DeepSpeed has no ZeRO-0 with 16-bit weights and fp32 accumulation
         if pinned is not None:
             shares: tuple[float, ...] = (pinned,)
-        elif cluster.accelerator.kind == "cpu" or stage == 0:
-            shares = (0.0,)
+        elif cluster.accelerator.kind == "cpu" or stage <= 1:
+            shares = (0.0,)  # ZeRO-1 keeps whole gradients on the device: ZeRO-2 offloads the same with less
         elif stage == 3 and config.train.optimizer == "adamw":
             shares = (0.0, *OFFLOAD_RATIOS)
         else:
@@ -146,7 +146,7 @@ def _param_offloads(config: Config, cluster: Cluster, stage: Stage, share: float
 def _batches(config: Config, work: Workload, cluster: Cluster) -> Iterator[tuple[int, int]]:
     """(micro-batch, accumulation): rows of a rank's share in equal pieces; empty rows fill up what does not divide."""
     plan, ranks = config.plan, cluster.world_size
-    share = ceil(work.global_batch_size / ranks)
+    share = ceil(work.rows / ranks)
     most = share
     if cluster.accelerator.kind == "cpu":
         most = min(share, max(1, CPU_MICRO_BATCH_TOKENS // work.max_length))
@@ -165,7 +165,7 @@ def _batches(config: Config, work: Workload, cluster: Cluster) -> Iterator[tuple
             raise UserError(
                 "plan.gradient_accumulation_steps",
                 steps,
-                f"{ranks} ranks × {size} rows × {steps} are fewer than the {work.global_batch_size} rows of a batch",
+                f"{ranks} ranks × {size} rows × {steps} are fewer than the {work.rows} rows of a batch",
                 f"use {needed}, a larger plan.micro_batch_size_per_gpu or a smaller train.global_batch_size",
             )
         yield size, steps
@@ -265,7 +265,15 @@ def cheapest_change(config: Config, work: Workload, cluster: Cluster) -> str:
             return f"--set method=lora trains {trainable:,} parameters instead of {work.trainable:,}"
     length = work.max_length // 2
     while length >= 128:
-        if fits(replace(work, max_length=length, document_length=min(work.document_length, length)), cluster):
+        if fits(
+            replace(
+                work,
+                max_length=length,
+                row_length=min(work.row_length, length),
+                document_length=min(work.document_length, length),
+            ),
+            cluster,
+        ):
             return f"--set train.max_length={length}"
         length //= 2
     accelerator, devices = cluster.accelerator.name, cluster.devices_per_node
@@ -351,9 +359,9 @@ def _explain_stage(cluster: Cluster, best: Candidate, candidates: list[Candidate
 
 
 def _explain_batch(work: Workload, cluster: Cluster, s: Strategy) -> str:
-    ranks, rows = cluster.world_size, work.global_batch_size
+    ranks, rows = cluster.world_size, work.rows
     places = ranks * s.micro_batch_size * s.accumulation_steps
     product = f"{ranks} ranks × {s.micro_batch_size} × {s.accumulation_steps}"
     if places == rows:
-        return f"{product} = the {rows} rows of a global batch"
-    return f"{product} hold the {rows} rows of a global batch; {places - rows} places stay empty"
+        return f"{product} = the {rows} rows of a batch"
+    return f"{product} hold the {rows} rows of a batch; {places - rows} places stay empty"

@@ -25,9 +25,10 @@ class Workload:
     precision: Precision
     accumulation_dtype: Precision
     optimizer_state_bytes: int  # per trainable parameter, fp32: Adam 8, SGD with momentum 4
-    max_length: int
-    global_batch_size: int  # rows
-    document_length: float  # mean length that attention sees, at most max_length
+    max_length: int  # of the longest row: what memory must hold
+    row_length: float  # of the mean row, padding included: what time is spent on
+    rows: int  # per optimizer step: packs of a global batch, or their documents where these are not packed
+    document_length: float  # mean length that attention sees
     packing: bool
 
     @property

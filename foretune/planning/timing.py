@@ -58,14 +58,14 @@ class StepTime:
 
 
 def flops_per_row(work: Workload, checkpointed_layers: int = 0) -> float:
-    """FLOP of one row of max_length tokens, forward and backward, recomputation included."""
+    """FLOP of one row, forward and backward, recomputation included."""
     shape = work.shape
     share = checkpointed_layers / shape.num_layers
     factor = (4.0 if work.frozen else 6.0) + 2.0 * share
     layers = factor * (shape.matmul_parameters - shape.vocab_size * shape.hidden_size)
     head = (4.0 if work.frozen else 6.0) * shape.vocab_size * shape.hidden_size
     adapters = 6.0 * work.trainable if work.frozen else 0.0
-    return work.max_length * (layers + head + adapters)
+    return work.row_length * (layers + head + adapters)
 
 
 def attention_flops_per_row(work: Workload, checkpointed_layers: int = 0) -> float:
@@ -73,8 +73,8 @@ def attention_flops_per_row(work: Workload, checkpointed_layers: int = 0) -> flo
     shape = work.shape
     width = shape.num_attention_heads * shape.head_dim
     passes = 7.0 + 2.0 * checkpointed_layers / shape.num_layers
-    length = work.document_length if work.packing else float(work.max_length)
-    return work.max_length * passes * shape.num_layers * width * length
+    length = work.document_length if work.packing else work.row_length
+    return work.row_length * passes * shape.num_layers * width * length
 
 
 def step_time(work: Workload, strategy: Strategy, cluster: Cluster) -> StepTime:
@@ -88,13 +88,17 @@ def step_time(work: Workload, strategy: Strategy, cluster: Cluster) -> StepTime:
 
     recomputed = 1.0 + 0.5 * strategy.checkpointed_layers / work.shape.num_layers
     saved = activation_bytes_per_token_layer(work) * work.shape.num_layers
-    traffic = ACTIVATION_PASSES * recomputed * rows * work.max_length * saved
+    traffic = ACTIVATION_PASSES * recomputed * rows * work.row_length * saved
     if work.lora_rank:
         ends = sum(linear.copies * (linear.inputs + 2 * linear.outputs) for linear in work.shape.linears)
         layers = work.shape.num_layers * recomputed
-        traffic += ADAPTER_PASSES * layers * rows * work.max_length * work.parameter_bytes * ends
+        traffic += ADAPTER_PASSES * layers * rows * work.row_length * work.parameter_bytes * ends
+    # Gradients of a micro-batch are read, and their sum is read and written, by whoever owns it.
+    owned = work.trainable / (cluster.world_size if strategy.zero_stage >= 2 else 1)
+    added = work.parameter_bytes + 2 * work.gradient_bytes
+    traffic += (strategy.accumulation_steps - 1) * added * owned
     # The logits: written, normalised, differentiated and multiplied, in fp32.
-    traffic += rows * work.max_length * 6 * 4 * work.shape.vocab_size
+    traffic += rows * work.row_length * 6 * 4 * work.shape.vocab_size
     memory_bound = traffic / accelerator.memory_bandwidth
     launches = LAUNCH_SECONDS[accelerator.kind] * strategy.accumulation_steps * work.shape.num_layers * recomputed
     compute = max(compute, launches - memory_bound)
