@@ -1,4 +1,4 @@
-"""The READMEs and the documentation say what is so: their commands exist, their keys exist, their links lead somewhere."""
+"""What the READMEs and the documentation say is so: their commands, options, keys, functions and links exist."""
 
 import json
 import re
