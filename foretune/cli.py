@@ -6,6 +6,7 @@ Results go to stdout (as JSON with ``--json``), everything else to stderr. Exit 
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -52,6 +53,7 @@ TrustRemoteCode = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="Write the result to stdout as JSON.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")]
+_say_progress = partial(typer.echo, err=True)
 RunOrModel = Annotated[str, typer.Argument(metavar="RUN|MODEL", help="Run folder, or a model's folder or hub id.")]
 
 
@@ -212,7 +214,7 @@ def evaluate(
 
     with results_alone_on_stdout():
         report = pipeline.evaluate(
-            what, data, tasks=task or (), trust_remote_code=trust_remote_code or False, on_progress=_say
+            what, data, tasks=task or (), trust_remote_code=trust_remote_code or False, on_progress=_say_progress
         )
     if as_json:
         typer.echo(report.model_dump_json(indent=2))
@@ -239,7 +241,7 @@ def export(
     from foretune.reporting.results import folder_of
 
     with results_alone_on_stdout():
-        models = pipeline.export(what, to, kinds=kind or ("auto",), step=step, on_progress=_say)
+        models = pipeline.export(what, to, kinds=kind or ("auto",), step=step, on_progress=_say_progress)
     if as_json:
         typer.echo(json.dumps([model.model_dump(mode="json") for model in models], indent=2))
         return
@@ -386,10 +388,6 @@ def _travel(
                 width=width,
             )
         )
-
-
-def _say(message: str) -> None:
-    typer.echo(message, err=True)
 
 
 def _write(path: Path, text: str) -> None:
