@@ -21,6 +21,12 @@ from foretune.planning.catalogue import CARDS, GIB, Card, find_card, normalised
 #: Ranks on a machine without a GPU when nobody says how many; see `default_cpu_ranks`.
 MOST_CPU_RANKS = 2
 
+#: (limit, usage) of a container's memory, in cgroups version 2 and 1.
+CGROUP_FILES = (
+    (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")),
+    (Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"), Path("/sys/fs/cgroup/memory/memory.usage_in_bytes")),
+)
+
 _FORM = (
     "write for example 8xH100-80GB, 2x8xA100-40GB, 1xRTX4090 or 4xcpu, with ,ram=512GB,link=nvlink,net=400Gbps if known"
 )
@@ -148,13 +154,10 @@ def usable_cores() -> int:
 def usable_host_memory() -> int:
     """Bytes that new processes can take here: what the kernel calls available, or less where a container says so."""
     available = int(psutil.virtual_memory().available)
-    for limit_file, usage_file in (
-        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
-    ):
+    for limit_file, usage_file in CGROUP_FILES:
         limit, usage = _read_number(limit_file), _read_number(usage_file)
-        if limit is not None and usage is not None and limit < 2**60:  # v1 writes a huge number for "no limit"
-            available = min(available, max(0, limit - usage + _reclaimable(Path(limit_file).parent)))
+        if limit is not None and usage is not None:  # version 1 writes a huge number for "no limit", which is harmless
+            available = min(available, max(0, limit - usage + _reclaimable(limit_file.parent)))
     return available
 
 
@@ -168,9 +171,9 @@ def _reclaimable(folder: Path) -> int:
     return int(fields.get("total_inactive_file", fields.get("inactive_file", "0")))
 
 
-def _read_number(path: str) -> int | None:
+def _read_number(path: Path) -> int | None:
     try:
-        return int(Path(path).read_text().strip())
+        return int(path.read_text().strip())
     except (OSError, ValueError):  # absent, or "max"
         return None
 

@@ -121,41 +121,44 @@ def _head_gradient_bytes(work: Workload, tokens: int) -> int:
 
 def device_memory(work: Workload, strategy: Strategy, cluster: Cluster) -> DeviceMemory:
     """Peak memory of one rank's device. On a CPU the device is the rank's share of the host, so nothing leaves it."""
+    by_phase = phases(work, strategy, cluster)
+    worst = max(by_phase, key=lambda name: sum(by_phase[name].values()))
+    return DeviceMemory(worst, {name: size for name, size in by_phase[worst].items() if size})
+
+
+def phases(work: Workload, strategy: Strategy, cluster: Cluster) -> dict[str, dict[str, int]]:
+    """Bytes by part, for each phase of a step that can be its peak."""
     ranks, stage, trained = cluster.world_size, strategy.zero_stage, work.trainable
-    b = work.parameter_bytes
     on_cpu = cluster.accelerator.kind == "cpu"
     stays = 1.0 if on_cpu else 1.0 - strategy.offload_optimizer
     shard = ceil(trained / ranks) if stage else trained
-    buckets = buckets_for(work.shape, trained)
-
-    resident = {"parameters": b * _held_parameters(work, strategy, cluster)}
-    master = 0 if stage == 0 and b == 4 else 4
-    resident["optimizer"] = int(stays * (master + work.optimizer_state_bytes) * shard)
-    gradients, transient_gradients = _gradient_bytes(work, strategy, shard, stays)
-    resident["buffers"] = _buffer_bytes(work, strategy, ranks)
+    master = 0 if stage == 0 and work.parameter_bytes == 4 else 4
+    resident = {
+        "parameters": work.parameter_bytes * _held_parameters(work, strategy, cluster),
+        "optimizer": int(stays * (master + work.optimizer_state_bytes) * shard),
+        "buffers": _buffer_bytes(work, strategy, ranks),
+    }
     if on_cpu:
         resident["process"] = PROCESS_BYTES
     else:
         resident["context"] = CUDA_CONTEXT_BYTES + (NCCL_BYTES if ranks > 1 else 0)
 
     tokens = strategy.micro_batch_size * work.max_length
-    activations, loss = activation_bytes(work, strategy), loss_bytes(work, strategy)
+    activations = activation_bytes(work, strategy)
     layer = tokens * (activation_bytes_per_token_layer(work) + working_bytes_per_token(work))
     # The layer whose backward runs: recomputed anew, or what it had saved is counted already.
     running = layer if strategy.checkpointed_layers else tokens * working_bytes_per_token(work)
-    accumulated = _gradients_in_forward(work, strategy, gradients)
-    phases = {
-        "loss": {"gradients": accumulated, "activations": activations, "loss": loss},
-        "backward": {
-            "gradients": accumulated,
-            "activations": activations + running,
-            "loss": _head_gradient_bytes(work, tokens),
-        },
-        "end of backward": {"gradients": gradients + transient_gradients, "activations": layer},
-        "step": {"gradients": gradients, "step": _step_bytes(work, strategy, shard, stays, buckets.sub_group)},
+    gradients, transient = _gradient_bytes(work, strategy, shard, stays)
+    earlier = _gradients_in_forward(work, strategy, gradients)
+    head = _head_gradient_bytes(work, tokens)
+    step = _step_bytes(work, strategy, shard, stays)
+    varying = {
+        "loss": {"gradients": earlier, "activations": activations, "loss": loss_bytes(work, strategy)},
+        "backward": {"gradients": earlier, "activations": activations + running, "loss": head},
+        "end of backward": {"gradients": gradients + transient, "activations": layer},
+        "step": {"gradients": gradients, "step": step},
     }
-    phase = max(phases, key=lambda name: sum(phases[name].values()))
-    return DeviceMemory(phase, {name: size for name, size in {**resident, **phases[phase]}.items() if size})
+    return {name: {**resident, **parts} for name, parts in varying.items()}
 
 
 def _buffer_bytes(work: Workload, strategy: Strategy, ranks: int) -> int:
@@ -212,13 +215,13 @@ def _gradients_in_forward(work: Workload, strategy: Strategy, gradients: int) ->
     return 0
 
 
-def _step_bytes(work: Workload, strategy: Strategy, shard: int, stays: float, sub_group: int) -> int:
+def _step_bytes(work: Workload, strategy: Strategy, shard: int, stays: float) -> int:
     """What the optimizer step adds."""
     b, a, stage = work.parameter_bytes, work.gradient_bytes, strategy.zero_stage
     if stage == 0:
         return 0 if b == 4 else 8 * work.trainable
     if stage == 3:
-        tile = min(shard, sub_group)
+        tile = min(shard, buckets_for(work.shape, work.trainable).sub_group)
         fp32_gradients = int(4 * shard * stays) if strategy.offload_optimizer else 4 * tile
         return fp32_gradients + (2 * tile if a == 2 else 0)
     if a == 2:

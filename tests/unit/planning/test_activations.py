@@ -1,0 +1,101 @@
+"""The closed form of a layer's activations against what autograd really saves of Hugging Face's layers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from foretune.model.shape import shape_of
+from foretune.planning.memory import activation_bytes_per_token_layer
+from foretune.planning.strategy import Precision, Workload
+
+LENGTH, ROWS, LORA_RANK = 128, 2, 8
+COMMON: dict[str, Any] = {
+    "hidden_size": 192,
+    "num_attention_heads": 6,
+    "intermediate_size": 640,
+    "vocab_size": 512,
+    "pad_token_id": 0,
+}
+GROUPED = {**COMMON, "num_key_value_heads": 2}
+CASES: list[tuple[str, dict[str, Any]]] = [
+    ("gpt2", {"n_embd": 192, "n_head": 6, "vocab_size": 512}),
+    ("gpt_neox", {**COMMON, "num_key_value_heads": 6}),
+    ("llama", GROUPED),
+    ("mistral", GROUPED),
+    ("granite", GROUPED),
+    ("smollm3", GROUPED),
+    ("qwen2", GROUPED),
+    ("qwen3", {**GROUPED, "head_dim": 48}),
+    ("gemma", {**GROUPED, "head_dim": 48}),
+    ("gemma2", {**GROUPED, "head_dim": 48}),
+    ("gemma3_text", {**GROUPED, "head_dim": 48}),
+    ("phi", {**COMMON, "num_key_value_heads": 6}),
+    ("phi3", {**COMMON, "num_key_value_heads": 6}),
+    ("starcoder2", GROUPED),
+    ("olmo2", GROUPED),
+]
+DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def saved_bytes(
+    family: str, keys: dict[str, Any], *, layers: int, precision: Precision, packed: bool, lora: bool
+) -> int:
+    """Bytes of the distinct storages that autograd saves in one forward pass, parameters not counted."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    depth = "n_layer" if family == "gpt2" else "num_hidden_layers"
+    config = AutoConfig.for_model(family, **keys, **{depth: layers})
+    for name, value in list(vars(config).items()):
+        if isinstance(value, float) and ("drop" in name):
+            setattr(config, name, 0.0)
+    model = AutoModelForCausalLM.from_config(config, dtype=DTYPES[precision])
+    core = model.get_decoder()
+    if lora:
+        transposed = family == "gpt2"
+        adapters = LoraConfig(
+            r=LORA_RANK, target_modules="all-linear", task_type="CAUSAL_LM", fan_in_fan_out=transposed
+        )
+        model = get_peft_model(model, adapters, autocast_adapter_dtype=False).to(DTYPES[precision])
+        core = model.get_base_model().get_decoder()
+    model.train()
+    parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    sizes: dict[int, int] = {}
+    alive: list[torch.Tensor] = []  # kept alive so that no address is used twice
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            sizes[storage.data_ptr()] = storage.nbytes()
+            alive.append(tensor)
+        return tensor
+
+    ids = torch.randint(1, 500, (ROWS, LENGTH))
+    positions = torch.arange(LENGTH)[None].repeat(ROWS, 1) % (LENGTH // 4 if packed else LENGTH)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        core(input_ids=ids, position_ids=positions, use_cache=False)
+    return sum(sizes.values())
+
+
+@pytest.mark.parametrize(
+    ("precision", "packed", "lora"),
+    [("fp32", False, False), ("bf16", True, False), ("bf16", True, True)],
+    ids=["fp32", "bf16-packed", "bf16-packed-lora"],
+)
+@pytest.mark.parametrize(("family", "keys"), CASES, ids=[family for family, _ in CASES])
+def test_a_layer_saves_what_the_closed_form_says(
+    family: str, keys: dict[str, Any], precision: Precision, packed: bool, lora: bool
+) -> None:
+    three = saved_bytes(family, keys, layers=3, precision=precision, packed=packed, lora=lora)
+    two = saved_bytes(family, keys, layers=2, precision=precision, packed=packed, lora=lora)
+    measured = (three - two) / (ROWS * LENGTH)
+    shape = shape_of({**keys, "model_type": family}, origin="test")
+    work = Workload(
+        shape=shape, trainable=1, frozen=int(lora), lora_rank=LORA_RANK if lora else 0, precision=precision,
+        accumulation_dtype="fp32", optimizer_state_bytes=8, max_length=LENGTH, row_length=LENGTH, rows=ROWS,
+        document_length=LENGTH, packing=packed,
+    )  # fmt: skip
+    assert activation_bytes_per_token_layer(work) == pytest.approx(measured, rel=0.01)

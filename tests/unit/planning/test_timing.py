@@ -1,0 +1,97 @@
+"""The time model: its laws, and measured step times of real runs on one H100."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from foretune.planning import parse_hardware
+from foretune.planning.shapes import known_shape
+from foretune.planning.strategy import Strategy, Workload
+from foretune.planning.timing import attention_flops_per_row, flops_per_row, step_time
+
+
+def work_of(name: str, *, length: int = 4096, lora_rank: int = 0, precision: str = "bf16") -> Workload:
+    shape = known_shape(name)
+    assert shape is not None
+    trainable = shape.lora_parameters(lora_rank) if lora_rank else shape.parameters
+    return Workload(
+        shape=shape, trainable=trainable, frozen=shape.parameters if lora_rank else 0, lora_rank=lora_rank,
+        precision=precision, accumulation_dtype="fp32", optimizer_state_bytes=8, max_length=length, row_length=length,  # type: ignore[arg-type]
+        rows=16, document_length=length, packing=False,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("work", "strategy", "measured_tokens_per_second"),
+    [
+        # Full fine-tuning of the 1.5B shape, 4 × 4096 tokens a micro-step, accumulation 1 and 8 (ZeRO-2 through TRL).
+        (work_of("qwen2.5-1.5b"), Strategy(2, 4, 1), 35_588),
+        (work_of("qwen2.5-1.5b"), Strategy(2, 4, 8), 43_893),
+        # LoRA r=16 on all linears of a 7B shape: checkpointed 4 × 4096, not checkpointed 2 × 4096.
+        (work_of("qwen2.5-7b", lora_rank=16), Strategy(1, 4, 1, 28), 8_868),
+        (work_of("qwen2.5-7b", lora_rank=16), Strategy(1, 2, 1, 0), 11_846),
+        # Full fine-tuning of the 7B shape, 70 % of the optimizer offloaded, all layers checkpointed.
+        (work_of("qwen2.5-7b"), Strategy(3, 4, 4, 28, offload_optimizer=0.7), 6_003),
+    ],
+    ids=["full-1", "full-8", "lora-checkpointed", "lora", "offloaded"],
+)
+def test_within_a_quarter_of_measured_runs(
+    work: Workload, strategy: Strategy, measured_tokens_per_second: float
+) -> None:
+    cluster = parse_hardware("1xH100-80GB,ram=125GB,cores=16")
+    tokens = strategy.micro_batch_size * strategy.accumulation_steps * work.row_length
+    predicted = tokens / step_time(work, strategy, cluster).total
+    assert predicted == pytest.approx(measured_tokens_per_second, rel=0.25)
+
+
+def test_flops_are_six_per_multiplied_parameter_and_token() -> None:
+    work = work_of("llama-3.1-8b")
+    embedding = work.shape.vocab_size * work.shape.hidden_size
+    multiplied = work.shape.parameters - embedding  # the token embedding is looked up, norms hardly count
+    assert flops_per_row(work) == pytest.approx(6 * multiplied * work.row_length, rel=1e-3)
+    assert flops_per_row(work, 32) == pytest.approx(8 * multiplied * work.row_length, rel=0.03)
+
+
+def test_attention_sees_its_own_document_only() -> None:
+    whole = work_of("llama-3.1-8b")
+    packed = replace(whole, packing=True, document_length=512.0)
+    assert attention_flops_per_row(packed) == pytest.approx(attention_flops_per_row(whole) / 8)
+
+
+works = st.sampled_from(["gpt2", "qwen3-0.6b", "llama-3.1-8b"]).map(work_of)
+strategies = st.builds(
+    Strategy,
+    zero_stage=st.sampled_from([0, 1, 2, 3]),
+    micro_batch_size=st.integers(1, 8),
+    accumulation_steps=st.integers(1, 8),
+)
+
+
+@given(work=works, strategy=strategies)
+def test_work_costs_time(work: Workload, strategy: Strategy) -> None:
+    cluster = parse_hardware("8xA100-80GB")
+    base = step_time(work, strategy, cluster).total
+    assert step_time(work, replace(strategy, micro_batch_size=strategy.micro_batch_size + 1), cluster).total >= base
+    assert step_time(work, replace(strategy, checkpointed_layers=work.shape.num_layers), cluster).total > base
+    assert step_time(work, replace(strategy, zero_stage=3, offload_optimizer=1.0), cluster).offload > 0
+
+
+@given(work=works, strategy=strategies)
+def test_faster_links_never_cost(work: Workload, strategy: Strategy) -> None:
+    slow, fast = (step_time(work, strategy, parse_hardware(f"4x8xH100,net={net}Gbps")).total for net in (100, 3200))
+    assert fast < slow
+
+
+def test_a_single_rank_does_not_communicate() -> None:
+    assert step_time(work_of("gpt2"), Strategy(3, 1, 1), parse_hardware("1xH100")).communication == 0
+
+
+def test_fp32_is_slower_than_bf16_on_a_gpu_and_faster_on_a_plain_cpu() -> None:
+    fp32, bf16 = work_of("gpt2", length=1024, precision="fp32"), work_of("gpt2", length=1024)
+    gpu, cpu = parse_hardware("1xA100-80GB"), parse_hardware("2xcpu")
+    assert step_time(fp32, Strategy(1, 8, 1), gpu).total > step_time(bf16, Strategy(1, 8, 1), gpu).total
+    assert step_time(fp32, Strategy(1, 1, 1), cpu).total < step_time(bf16, Strategy(1, 1, 1), cpu).total
