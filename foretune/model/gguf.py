@@ -13,9 +13,11 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import math
 import shutil
 import tempfile
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -30,6 +32,8 @@ if TYPE_CHECKING:
 DIGIT_SPLITTING = frozenset({"smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"})
 #: Byte-level vocabularies that use GPT-2's expression alone, which is what transformers builds when it knows no better.
 PLAIN_SPLITTING = frozenset({"gpt-2", "phi-2", "mpt", "olmo", "jina-es", "jina-de", "gigachat", "roberta-bpe"})
+#: Tensor that holds one factor per rotary wavelength. It is no weight.
+ROPE_FACTORS = "rope_freqs.weight"
 #: Text on which a tokenizer read back from disk must agree with the one that was written.
 PROBE = "In 1984, Zoë's 12 cats   ate 3.75 kg of fish — naïve?\n\n\tdef f(x):\n    return x+1  # 你好 🙂"
 
@@ -60,21 +64,18 @@ def convert_gguf(file: Path, folder: Path, *, sha256: str = "") -> None:
         UserError: the extra is missing, or the file is damaged, split, of an unsupported architecture, or holds
             something that the conversion would lose without a word.
     """
-    metadata, tensors = _read_header(file)
-    architecture = str(metadata["general.architecture"])
-    _refuse_losses(file, metadata, tensors)
-    dtype = _saved_dtype(tensors)
+    header = _read_header(file)
+    _refuse_losses(file, header)
+    dtype = _saved_dtype(header)
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".partial", dir=folder.parent))
     try:
         with _quietly():
-            model = _load(file, architecture, dtype)
-            parameters = _save_model(
-                model, partial, file=file, metadata=metadata, expected=sum(elements for _, _, elements in tensors)
-            )
-            _save_tokenizer(file, metadata, partial)
+            model = _load(file, header, dtype)
+            parameters = _save_model(model, partial, file=file, header=header)
+            _save_tokenizer(file, header.metadata, partial)
         ConvertedModel(
-            source=file.name, sha256=sha256, architecture=architecture, parameters=parameters, dtype=dtype
+            source=file.name, sha256=sha256, architecture=header.architecture, parameters=parameters, dtype=dtype
         ).write(partial / ConvertedModel.file_name)
         try:
             partial.rename(folder)
@@ -86,11 +87,24 @@ def convert_gguf(file: Path, folder: Path, *, sha256: str = "") -> None:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-TensorHeader = tuple[str, str, int]  # name, type ("Q4_1"), number of elements
+@dataclass(frozen=True)
+class _Header:
+    """What a file says of itself: metadata (lists of the vocabulary left out) and its table of tensors."""
+
+    metadata: dict[str, Any]
+    tensors: list[tuple[str, str, int]]  # name, type ("Q4_1"), number of elements
+    rope_factors: list[float]  # wavelengths are stretched by these (Llama 3.1 and later); mostly empty
+
+    @property
+    def architecture(self) -> str:
+        return str(self.metadata["general.architecture"])
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """Metadata of the architecture, e.g. ``rope.freq_base``."""
+        return self.metadata.get(f"{self.architecture}.{key}", default)
 
 
-def _read_header(file: Path) -> tuple[dict[str, Any], list[TensorHeader]]:
-    """Metadata (lists of the vocabulary left out) and the table of tensors."""
+def _read_header(file: Path) -> _Header:
     try:
         import gguf
         import sentencepiece  # noqa: F401 (transformers wants it, and says so only in a traceback)
@@ -105,11 +119,12 @@ def _read_header(file: Path) -> tuple[dict[str, Any], list[TensorHeader]]:
             key: field.contents() for key, field in reader.fields.items() if key.rpartition(".")[2] not in long_lists
         }
         tensors = [(tensor.name, tensor.tensor_type.name, int(tensor.n_elements)) for tensor in reader.tensors]
+        factors = [tensor.data.tolist() for tensor in reader.tensors if tensor.name == ROPE_FACTORS]
         if "general.architecture" not in metadata or not tensors:
             raise ValueError("it names no architecture or holds no weights")
     except (ValueError, IndexError, KeyError, OverflowError, UnicodeDecodeError, TypeError) as error:
         raise _damaged(file, error) from error
-    return metadata, tensors
+    return _Header(metadata, tensors, factors[0] if factors else [])
 
 
 def _damaged(file: Path, error: Exception) -> UserError:
@@ -122,25 +137,49 @@ def _damaged(file: Path, error: Exception) -> UserError:
     )
 
 
-def _refuse_losses(file: Path, metadata: dict[str, Any], tensors: list[TensorHeader]) -> None:
+def _lossy(file: Path, problem: str) -> UserError:
+    return UserError("model", str(file), problem, "use the original Hugging Face folder or hub id of this model")
+
+
+def _refuse_losses(file: Path, header: _Header) -> None:
     """Refuse what transformers leaves out of a .gguf file without saying so."""
-    architecture = metadata["general.architecture"]
-    original = "use the original Hugging Face folder or hub id of this model"
-    if int(metadata.get("split.count", 1)) > 1:
-        raise UserError(
-            "model",
-            str(file),
-            "is one part of a split .gguf file",
-            "join the parts first: llama-gguf-split --merge FIRST_PART OUT.gguf",
-        )
-    scaling = metadata.get(f"{architecture}.rope.scaling.type", "none")
-    if scaling != "none" or any(name.startswith("rope_f") for name, _, _ in tensors):
-        raise UserError("model", str(file), "uses scaled rotary positions, which the conversion would lose", original)
-    splitting = metadata.get("tokenizer.ggml.pre")
-    if metadata.get("tokenizer.ggml.model") == "gpt2" and splitting not in _known_splittings(architecture):
-        raise UserError(
-            "model", str(file), f"its tokenizer splits text in a way unknown here ({splitting!r})", original
-        )
+    if int(header.metadata.get("split.count", 1)) > 1:
+        mend = "join the parts first: llama-gguf-split --merge FIRST_PART OUT.gguf"
+        raise UserError("model", str(file), "is one part of a split .gguf file", mend)
+    scaled = header.get("rope.scaling.type", "none") != "none"
+    stretched = any(name.startswith("rope_f") for name, _, _ in header.tensors)
+    if scaled or (stretched and _llama3_rope(header) is None):
+        raise _lossy(file, "uses scaled rotary positions, which the conversion would lose")
+    splitting = header.metadata.get("tokenizer.ggml.pre")
+    byte_level = header.metadata.get("tokenizer.ggml.model") == "gpt2"
+    if byte_level and splitting not in _known_splittings(header.architecture):
+        raise _lossy(file, f"its tokenizer splits text in a way unknown here ({splitting!r})")
+
+
+def _llama3_rope(header: _Header) -> dict[str, Any] | None:
+    """Rotary parameters of Llama 3.1 and later, which a file holds only as one factor per wavelength.
+
+    The parameters are guessed (all published models differ in `factor` alone, and that is the largest of the factors)
+    and then held against every factor of the file. None if they do not explain them.
+    """
+    base, size = float(header.get("rope.freq_base", 10_000.0)), 2 * len(header.rope_factors)
+    if not size or header.architecture != "llama":
+        return None
+    low, high, original = 1.0, 4.0, 8192
+    factor = max(header.rope_factors)
+    for index, stated in enumerate(header.rope_factors):
+        wavelength = 2 * math.pi * base ** (2 * index / size)
+        smooth = min(max((original / wavelength - low) / (high - low), 0.0), 1.0)
+        if not math.isclose(stated, 1 / ((1 - smooth) / factor + smooth), rel_tol=1e-4):
+            return None
+    return {
+        "rope_type": "llama3",
+        "rope_theta": base,
+        "factor": factor,
+        "low_freq_factor": low,
+        "high_freq_factor": high,
+        "original_max_position_embeddings": original,
+    }
 
 
 def _known_splittings(architecture: str) -> set[str | None]:
@@ -152,16 +191,16 @@ def _known_splittings(architecture: str) -> set[str | None]:
     return {*DIGIT_SPLITTING, *PLAIN_SPLITTING, *in_transformers, *unnamed}
 
 
-def _saved_dtype(tensors: list[TensorHeader]) -> str:
+def _saved_dtype(header: _Header) -> str:
     """The precision of most weights, if it is a plain one; bf16 for quantised files. (Norms are F32 in every file.)"""
     elements: dict[str, int] = {}
-    for _, kind, count in tensors:
+    for _, kind, count in header.tensors:
         elements[kind] = elements.get(kind, 0) + count
     most = max(elements, key=lambda kind: elements[kind])
     return {"F32": "float32", "F16": "float16"}.get(most, "bfloat16")
 
 
-def _load(file: Path, architecture: str, dtype: str) -> PreTrainedModel:
+def _load(file: Path, header: _Header, dtype: str) -> PreTrainedModel:
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -171,27 +210,19 @@ def _load(file: Path, architecture: str, dtype: str) -> PreTrainedModel:
         )
     except (ValueError, NotImplementedError, KeyError) as error:
         if "support" in str(error) or isinstance(error, NotImplementedError):
-            problem = f"its architecture ({architecture}) can't be converted: {' '.join(str(error).split())[:200]}"
-            raise UserError(
-                "model", str(file), problem, "use the original Hugging Face folder or hub id of this model"
-            ) from error
+            said = " ".join(str(error).split())[:200]
+            raise _lossy(file, f"its architecture ({header.architecture}) can't be converted: {said}") from error
         raise _damaged(file, error) from error
-    lost = (
-        sorted(report["missing_keys"])
-        + sorted(report["unexpected_keys"])
-        + [str(key) for key in report["mismatched_keys"]]
-    )
+    lost = [str(key) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") for key in sorted(report[kind])]
     if lost:  # transformers would start these from random numbers
-        raise UserError(
-            "model",
-            str(file),
-            f"{len(lost)} weights don't match the architecture, the first is {lost[0]}",
-            "use the original Hugging Face folder or hub id of this model",
-        )
+        raise _lossy(file, f"{len(lost)} weights don't match the architecture, the first is {lost[0]}")
+    window = header.get("attention.sliding_window")
+    if window is not None and getattr(model.config, "sliding_window", window) != window:
+        raise _lossy(file, f"attends to {window} tokens at a time, which the conversion would lose")
     return model
 
 
-def _save_model(model: PreTrainedModel, folder: Path, *, file: Path, metadata: dict[str, Any], expected: int) -> int:
+def _save_model(model: PreTrainedModel, folder: Path, *, file: Path, header: _Header) -> int:
     """Save through a fresh model; returns its number of parameters (tied weights counted once)."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
@@ -204,6 +235,8 @@ def _save_model(model: PreTrainedModel, folder: Path, *, file: Path, metadata: d
     for key in ("quantization_config", "_name_or_path"):
         values.pop(key, None)
     values["architectures"] = [type(model).__name__]
+    if header.rope_factors:
+        values["rope_parameters"] = _llama3_rope(header)
     config = AutoConfig.for_model(**values)
     config.name_or_path = ""
     with torch.device("meta"):
@@ -211,9 +244,10 @@ def _save_model(model: PreTrainedModel, folder: Path, *, file: Path, metadata: d
     fresh.load_state_dict(weights, assign=True)
     fresh.tie_weights()
     parameters: int = sum(parameter.numel() for parameter in fresh.parameters())
+    expected = sum(elements for name, _, elements in header.tensors if name != ROPE_FACTORS)
     if parameters != expected:
-        problem = f"holds {expected:,} weights, but the converted model has {parameters:,}"
-        raise UserError("model", str(file), problem, "use the original Hugging Face folder or hub id of this model")
+        raise _lossy(file, f"holds {expected:,} weights, but the converted model has {parameters:,}")
+    metadata = header.metadata
     ends = [metadata.get(f"tokenizer.ggml.{key}_token_id") for key in ("eos", "eot", "eom")]
     fresh.generation_config = GenerationConfig(
         bos_token_id=metadata.get("tokenizer.ggml.bos_token_id"),
@@ -232,12 +266,7 @@ def _save_tokenizer(file: Path, metadata: dict[str, Any], folder: Path) -> None:
     try:
         loaded = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
     except (ValueError, KeyError, IndexError, NotImplementedError) as error:
-        raise UserError(
-            "model",
-            str(file),
-            f"its tokenizer can't be converted: {' '.join(str(error).split())[:200]}",
-            "use the original Hugging Face folder or hub id of this model",
-        ) from error
+        raise _lossy(file, f"its tokenizer can't be converted: {' '.join(str(error).split())[:200]}") from error
     backend = loaded.backend_tokenizer
     if metadata.get("tokenizer.ggml.model") == "gpt2" and metadata.get("tokenizer.ggml.pre") in DIGIT_SPLITTING:
         backend.pre_tokenizer = pre_tokenizers.Sequence(

@@ -12,6 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from transformers.convert_slow_tokenizer import bytes_to_unicode
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from foretune.errors import UserError
 from foretune.model.gguf import ConvertedModel, convert_gguf, read_manifest
@@ -186,11 +187,44 @@ def test_what_would_come_out_wrong_is_refused(tmp_path: Path) -> None:
     assert "unknown here ('viking')" in problem(splitting="viking")
     assert "unknown here (None)" in problem(splitting=None)
     assert "scaled rotary" in problem(metadata={"llama.rope.scaling.type": "linear"})
-    assert "scaled rotary" in problem(extra={"rope_freqs.weight": np.ones(8, dtype=np.float32)})
+    assert "scaled rotary" in problem(extra={"rope_freqs.weight": np.arange(1, 9, dtype=np.float32)})
     assert "split .gguf" in problem(metadata={"split.count": 3})
     assert "don't match" in problem(skip="blk.1.ffn_up")
     assert "converted model has" in problem(extra={"blk.0.surprise.weight": np.ones(8, dtype=np.float32)})
     assert "can't be converted" in problem(architecture="neverheardof")
+
+
+def llama3_factors(rope: dict[str, Any], head_dim: int) -> torch.Tensor:
+    """By how much Llama 3.1 stretches each wavelength, as transformers computes it."""
+    config = LlamaConfig(head_dim=head_dim, hidden_size=4 * head_dim, num_attention_heads=4, rope_parameters=rope)
+    stretched, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
+    plain = 1.0 / rope["rope_theta"] ** (torch.arange(0, head_dim, 2).float() / head_dim)
+    factors: torch.Tensor = plain / stretched
+    return factors
+
+
+def test_llama3_positions_are_recovered_from_their_factors(tmp_path: Path) -> None:
+    rope = {
+        "rope_type": "llama3", "rope_theta": 500_000.0, "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }  # fmt: skip
+    model = small_llama()
+    factors = llama3_factors(rope, model.config.head_dim)
+    assert factors.max() > 30
+    assert factors.min() == 1.0
+    model.config.rope_parameters = rope
+    scaled = LlamaForCausalLM(model.config).eval()
+    scaled.load_state_dict(model.state_dict())
+    assert not torch.allclose(logits(scaled), logits(model), atol=1e-4)
+    file = write_gguf(tmp_path / "small.gguf", scaled, extra={"rope_freqs.weight": factors.numpy()})
+    convert_gguf(file, tmp_path / "out")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert loaded.config.rope_parameters["factor"] == pytest.approx(32.0)
+    torch.testing.assert_close(logits(loaded), logits(scaled), rtol=0, atol=1e-5)
+    factors[3] *= 1.5
+    write_gguf(file, scaled, extra={"rope_freqs.weight": factors.numpy()})
+    with pytest.raises(UserError, match="scaled rotary"):
+        convert_gguf(file, tmp_path / "other")
 
 
 def test_weights_that_are_no_numbers_are_refused(tmp_path: Path) -> None:
