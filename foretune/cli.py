@@ -1,6 +1,6 @@
-"""The command line: one verb a stage. Parse, call, print. No logic, and nothing heavy is imported before it is needed.
+"""The command line: one verb a stage. Parse, call, print; no logic. Nothing heavy is imported before it is needed.
 
-Results go to stdout (as JSON with ``--json``), everything else to stderr. Exit codes are `foretune.__main__`'s.
+Results go to stdout (as JSON with ``--json``), talk to stderr. Exit codes: `foretune.__main__`.
 """
 
 from __future__ import annotations
@@ -363,8 +363,6 @@ def _travel(
     from foretune.reporting.results import run_view
     from foretune.reporting.tables import prepared_view
 
-    if nproc is not None and nproc < 1:
-        raise UserError("--nproc", nproc, "is not a number of ranks", "give 1 or more")
     wanted = _wanted(config, settings, **options)
     out = out or default_out(wanted)
     names = [wanted.model, *(source.path for source in wanted.data.sources)]

@@ -108,6 +108,8 @@ def travel(
     Raises:
         ForetuneError: see `foretune.errors`. The same call goes on where it ended.
     """
+    if nproc is not None and nproc < 1:
+        raise UserError("--nproc", nproc, "is not a number of ranks", "give 1 or more")
     config = resolved(config)
     run = RunFolder(expanded("--out", out or default_out(config)))
     last = STAGES.index(until)
