@@ -1,4 +1,4 @@
-"""This process among the others: rank and world size from torchrun's variables, the process group, and dying with the parent.
+"""This process among the others: rank and world size from torchrun's variables, and dying with the parent.
 
 The environment is read here once and handed on as values; no other module looks at it.
 """

@@ -10,7 +10,7 @@ ForetuneError
 └── Preempted            asked to stop, saved; start the same command again.         exit 75
 
 What is our own fault is an ``assert`` or any other exception, and ends as a traceback with exit code 1.
-Foreign errors (CUDA out of memory, NCCL, DeepSpeed) are translated at one door, `foretune.engine`, with ``raise … from``.
+Foreign errors (CUDA out of memory, NCCL, DeepSpeed) are translated at one door, `foretune.engine`: ``raise … from``.
 """
 
 from __future__ import annotations

@@ -216,11 +216,24 @@ def all_keys(model: type[BaseModel] = Config, prefix: str = "") -> list[str]:
     return keys
 
 
+#: What people call some keys.
+_SHORT_NAMES = {
+    "lr": "learning_rate",
+    "batch_size": "global_batch_size",
+    "bs": "global_batch_size",
+    "num_epochs": "epochs",
+    "num_train_epochs": "epochs",
+    "max_seq_length": "max_length",
+    "lr_scheduler_type": "schedule",
+    "per_device_train_batch_size": "micro_batch_size_per_gpu",
+}
+
+
 def _nearest(field: str) -> str:
     """The known key nearest to an unknown one: alike as a whole, or with the same last word under another section."""
     known = all_keys()
     leaf = re.sub(r"\[\d+\]", "", field).rpartition(".")[2]
-    same_leaf = [key for key in known if key.rpartition(".")[2] == leaf]
+    same_leaf = [key for key in known if key.rpartition(".")[2] in (leaf, _SHORT_NAMES.get(leaf))]
     alike = difflib.get_close_matches(field, known, n=1, cutoff=0.6)
     alike_leaf = difflib.get_close_matches(leaf, [key.rpartition(".")[2] for key in known], n=1, cutoff=0.6)
     by_leaf = [key for key in known if alike_leaf and key.rpartition(".")[2] == alike_leaf[0]]

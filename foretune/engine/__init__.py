@@ -1,4 +1,7 @@
-"""The door to DeepSpeed: `Engine` is what the loop sees, `DeepSpeedEngine` the real one, `FakeEngine` plain PyTorch in one process."""
+"""The door to DeepSpeed.
+
+`Engine` is what the loop sees, `DeepSpeedEngine` the real one, `FakeEngine` plain PyTorch in one process.
+"""
 
 from foretune.engine.deepspeed_engine import DeepSpeedEngine
 from foretune.engine.fake import FakeEngine

@@ -1,7 +1,7 @@
 """What the training loop sees of an engine, and nothing more.
 
-A global batch is: any number of ``loss = engine(...)``, ``engine.backward(loss)``; then one ``engine.step(learning_rate)``.
-The caller owns the boundary; every rank must make the same number of calls.
+A global batch is: any number of ``loss = engine(...)``, ``engine.backward(loss)``; then one
+``engine.step(learning_rate)``. The caller owns the boundary; every rank must make the same number of calls.
 """
 
 from __future__ import annotations

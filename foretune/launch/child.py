@@ -1,4 +1,6 @@
-"""Becomes torchrun's agent, after asking the kernel to end it with its parent: ``python -m foretune.launch.child ARGS``.
+"""Becomes torchrun's agent, after asking the kernel to end it with its parent.
+
+    python -m foretune.launch.child ARGS
 
 The request survives exec, so an agent whose supervisor was killed never trains on alone.
 """

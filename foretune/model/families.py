@@ -280,7 +280,7 @@ def _olmo2(keys: Keys, s: Sizes) -> Anatomy:
         (*_attention(s, qkv_bias=bias, out_bias=bias), *_gated_mlp(s)),
         norms=2 * s.h + s.q + s.k,
         final_norm=s.h,
-        saved=replace(_LLAMA_SAVED, qk_norm=True),
+        saved=replace(_LLAMA_SAVED, qk_norm=True, wide=True),
     )
 
 
@@ -332,7 +332,8 @@ FAMILIES: dict[str, tuple[Callable[[Keys, Sizes], Anatomy], dict[str, Any]]] = {
         "max_position_embeddings": 8192, "tie_word_embeddings": True}),
     "gemma2": (_gemma2, {"hidden_size": 2304, "num_hidden_layers": 26, "num_attention_heads": 8,
         "num_key_value_heads": 4, "head_dim": 256, "intermediate_size": 9216, "vocab_size": 256000,
-        "max_position_embeddings": 8192, "tie_word_embeddings": True}),
+        "max_position_embeddings": 8192, "tie_word_embeddings": True,
+        "final_logit_softcapping": 30.0, "attn_logit_softcapping": 50.0}),
     "gemma3_text": (_gemma3, {"hidden_size": 2304, "num_hidden_layers": 26, "num_attention_heads": 8,
         "num_key_value_heads": 4, "head_dim": 256, "intermediate_size": 9216, "vocab_size": 262208,
         "max_position_embeddings": 131072, "tie_word_embeddings": True}),

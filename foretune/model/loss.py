@@ -32,7 +32,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     """Σ nll over rows of `hidden`; see `linear_cross_entropy`."""
 
     @staticmethod
-    def forward(
+    def forward(  # noqa: PLR0917 (autograd passes by position)
         ctx: Any,
         hidden: torch.Tensor,
         weight: torch.Tensor,

@@ -1,7 +1,7 @@
 """Where the time of a step goes, without slowing it down.
 
-On a CPU a phase is what the wall clock says. On a GPU the host runs ahead, so device phases are bracketed by CUDA events
-and read after the step has been waited for anyway; no extra synchronisation.
+On a CPU a phase is what the wall clock says. On a GPU the host runs ahead, so device phases are bracketed by CUDA
+events and read after the step has been waited for anyway; no extra synchronisation.
 """
 
 from __future__ import annotations

@@ -81,7 +81,7 @@ class CheckpointHook:
         write_extras: Callable[[Path], None] = lambda folder: None,
         write_final: Callable[[Path], None] = lambda folder: None,
     ) -> None:
-        """`write_extras` adds files to every checkpoint, `write_final` to those that end a training; both on every rank."""
+        """`write_extras` adds files to every checkpoint, `write_final` to those that end a training; on every rank."""
         self._engine, self._checkpoints, self._plan = engine, checkpoints, plan
         self._fingerprint, self._keep, self._journal = fingerprint, keep, journal
         self._write_extras, self._write_final = write_extras, write_final

@@ -116,7 +116,7 @@ def train(
 
 
 def _check_finite(report: StepReport, *, skips_overflow: bool) -> None:
-    """DeepSpeed skips an update with a non-finite gradient and says so in a log line only: training would stand still."""
+    """DeepSpeed skips an update with a non-finite gradient and only logs it: training would stand still unseen."""
     if math.isfinite(report.loss) and (skips_overflow or (report.applied and math.isfinite(report.grad_norm))):
         return
     raise MachineFault(

@@ -142,7 +142,7 @@ def test_untrained_weights_fail(reference: dict) -> None:
 
 
 def test_batches_really_differ_in_layout(folder: Path) -> None:
-    """Several documents share a row, and target counts differ from micro-batch to micro-batch: means of means would show."""
+    """Several documents share a row, and target counts differ between micro-batches: means of means would show."""
     loader = open_loader(
         folder / "data", seed=SEED, global_batch_size=BATCH_ROWS, rank=0, world_size=2, micro_batch_size=1
     )

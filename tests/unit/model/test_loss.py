@@ -106,8 +106,9 @@ def test_no_targets_gives_zero_and_a_gradient_path() -> None:
     loss = linear_cross_entropy(hidden[:0], weight, None, torch.zeros(0, dtype=torch.long), chunk_tokens=4)
     loss.backward()
     assert loss.item() == 0.0
-    assert hidden.grad is not None and not hidden.grad.any()
-    assert weight.grad is not None and not weight.grad.any()
+    for leaf in (hidden, weight):
+        assert leaf.grad is not None
+        assert not leaf.grad.any()
 
 
 @pytest.mark.parametrize("name", list(CONFIGS))
@@ -158,7 +159,7 @@ def token_losses(model: torch.nn.Module, ids: torch.Tensor, **inputs: torch.Tens
     + [("gemma2_softcapped", "eager")],  # it has no SDPA
 )
 def test_packed_documents_do_not_see_each_other(name: str, attention: str) -> None:
-    """Per-token loss in a packed row within 5e-5 nats of each document alone; an all-ones mask must fail the same test."""
+    """Per-token loss in a packed row within 5e-5 nats of each document alone; an all-ones mask must fail the test."""
     model = make(name)
     model.set_attn_implementation(attention)
     torch.manual_seed(3)
