@@ -299,11 +299,10 @@ def choose_global_batch(config: Config, data: DataFacts) -> Decision:
     documents_per_row = data.documents / data.packs
     wanted = max(data.packs / STEPS_PER_EPOCH_AIM, FEWEST_DOCUMENTS / documents_per_row)
     rows = 1
-    while rows * 2 <= wanted and rows < MOST_ROWS:
+    while 2 * rows <= min(MOST_ROWS, data.packs):
+        if 2 * rows > wanted and rows * documents_per_row >= FEWEST_DOCUMENTS:
+            break
         rows *= 2
-    if rows * documents_per_row < FEWEST_DOCUMENTS and rows < min(MOST_ROWS, data.packs):
-        rows *= 2
-    rows = max(1, min(rows, MOST_ROWS, data.packs))
     steps = ceil(data.packs / rows)
     return decide(
         field,

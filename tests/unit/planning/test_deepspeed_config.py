@@ -35,7 +35,7 @@ def read(monkeypatch: pytest.MonkeyPatch) -> Any:
     """DeepSpeed's own class, told that there are so many ranks."""
     from deepspeed.runtime import config as ds
 
-    def read(values: dict[str, Any] | str, ranks: int) -> Any:
+    def read(values: dict[str, Any], ranks: int) -> Any:
         monkeypatch.setattr(ds.dist, "get_rank", lambda *_: 0)
         monkeypatch.setattr(ds.dist, "get_world_size", lambda *_: ranks)
         return ds.DeepSpeedConfig(values)
@@ -49,12 +49,13 @@ LAYOUTS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("stage", "share", "offload_param"), LAYOUTS)
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("standalone", [False, True], ids=["ours", "standalone"])
 def test_deepspeed_takes_it(
-    read: Any, stage: int, share: float, offload_param: bool, precision: str, standalone: bool, tmp_path: Path
+    read: Any, layout: tuple[int, float, bool], precision: str, standalone: bool, tmp_path: Path
 ) -> None:
+    stage, share, offload_param = layout
     accumulation = precision if stage == 0 else "fp32"
     strategy = Strategy(stage, 2, 3, 4, share, offload_param)  # type: ignore[arg-type]
     config = config_of(train={"max_grad_norm": 0.5, "weight_decay": 0.1})
@@ -64,14 +65,14 @@ def test_deepspeed_takes_it(
     )  # fmt: skip
     file = tmp_path / "deepspeed.json"
     file.write_text(json.dumps(made))
-    taken = read(str(file), 4)
+    taken = read(json.loads(file.read_text()), 4)
     assert taken.zero_optimization_stage == stage
     assert taken.train_batch_size == 24
     assert taken.gradient_clipping == 0.5
     assert taken.bfloat16_config.enabled == (precision == "bf16")
     assert taken.float16_config.enabled == (precision == "fp16")
     assert taken.grad_accum_dtype == accumulation
-    assert taken.zero_config.overlap_comm is (None if stage == 99 else False) or stage == 0
+    assert taken.zero_config.overlap_comm is False
     assert (taken.optimizer_name is not None) == standalone
     assert (taken.scheduler_name is not None) == standalone
     assert taken.managed_gradient_accumulation == standalone
