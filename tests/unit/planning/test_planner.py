@@ -141,6 +141,14 @@ def test_memory_that_real_runs_on_an_h100_took(
     assert predicted == pytest.approx(measured_gib, rel=0.03 if method == "full" else 0.15)
 
 
+@pytest.mark.parametrize(("length", "measured_gib"), [(384, 3.29), (512, 3.56)])
+def test_memory_that_real_runs_on_cpus_took(config_of: MakeConfig, length: int, measured_gib: float) -> None:
+    """SmolLM2-135M, two ranks, ZeRO-2, fp32: the largest resident set of a rank after many steps."""
+    config = config_of(plan={"zero_stage": 2}, train={"max_length": length, "global_batch_size": 2})
+    plan = plan_of(config, "2xcpu,ram=24GB", model="SmolLM2-135M")
+    assert plan.predicted.gpu_memory_bytes / GIB == pytest.approx(measured_gib, rel=0.05)
+
+
 # ── the mathematics it decides does not depend on the machines ───────────────────────────────────────────────────
 
 
@@ -289,8 +297,7 @@ def test_pins_are_kept(config_of: MakeConfig, pins: dict[str, Any]) -> None:
     [
         (ONE_H100, {"plan": {"zero_stage": 2}}, "plan.zero_stage", "GiB"),
         (ONE_H100, {"plan": {"offload_optimizer": False}}, "plan.offload_optimizer", "GiB"),
-        ("8xH100", {"plan": {"checkpointed_layers": 0, "micro_batch_size_per_gpu": 64}, "train": {"global_batch_size": 512}
-                    }, "plan.", "GiB"),
+        ("8xH100", {"plan": {"checkpointed_layers": 0, "micro_batch_size_per_gpu": 64}}, "plan.", "GiB"),
         ("8xH100", {"plan": {"checkpointed_layers": 99}}, "plan.checkpointed_layers", "28 layers"),
         ("8xH100", {"plan": {"offload_param": True, "zero_stage": 2}}, "plan.offload_param", "ZeRO-2"),
         ("8xH100", {"plan": {"offload_optimizer": True, "zero_stage": 0}}, "plan.offload_optimizer", "ZeRO-0"),
