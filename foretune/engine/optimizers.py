@@ -3,21 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 
 from foretune.config.schema import TrainConfig
+from foretune.errors import UserError
 
 
 def build_optimizer(
-    parameters: Iterable[torch.nn.Parameter], train: TrainConfig, *, learning_rate: float
+    parameters: Iterable[torch.nn.Parameter],
+    train: TrainConfig,
+    *,
+    learning_rate: float,
+    offload_optimizer: float = 0.0,
 ) -> torch.optim.Optimizer:
     """Build the configured optimizer over the trainable parameters.
 
     AdamW: Loshchilov and Hutter 2019. Adam: Kingma and Ba 2015, algorithm 1, weight decay as an L2 term. SGD with
     momentum: Sutskever et al. 2013 as in torch. Vectors (biases, norms) are not decayed, as is the field's practice.
 
-    The fused kernels exist for CUDA and CPU and need no compiler; DeepSpeed's own FusedAdam and CPUAdam need one.
+    The fused kernels exist for CUDA and CPU and need no compiler; DeepSpeed's own FusedAdam and CPUAdam need one. Only
+    a partial offload (0 < `offload_optimizer` < 1) is left to DeepSpeed's CPUAdam, which DeepSpeed insists on there.
+
+    Raises:
+        UserError: a partial offload with no compiler to build CPUAdam, or with SGD.
     """
     trainable = [parameter for parameter in parameters if parameter.requires_grad]
     assert trainable, "nothing to train"
@@ -31,6 +41,8 @@ def build_optimizer(
     else:
         groups = [{"params": trainable, "weight_decay": 0.0}]
     groups = [group for group in groups if group["params"]]
+    if 0 < offload_optimizer < 1:
+        return _cpu_adam(groups, train, learning_rate=learning_rate, offload_optimizer=offload_optimizer)
     if train.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=learning_rate, momentum=train.momentum)
     family = torch.optim.AdamW if train.optimizer == "adamw" else torch.optim.Adam
@@ -41,3 +53,31 @@ def build_optimizer(
         eps=train.adam_epsilon,
         fused=True,
     )
+
+
+def _cpu_adam(
+    groups: list[dict[str, Any]], train: TrainConfig, *, learning_rate: float, offload_optimizer: float
+) -> torch.optim.Optimizer:
+    """DeepSpeed's CPUAdam: it steps the offloaded share, a backup on the device the rest. Compiled once, with g++."""
+    from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+    field = "plan.offload_optimizer"
+    if train.optimizer == "sgd":
+        raise UserError(field, offload_optimizer, "only Adam can be offloaded in part", "set it to true or false")
+    try:
+        optimizer: torch.optim.Optimizer = DeepSpeedCPUAdam(
+            groups,
+            lr=learning_rate,
+            betas=(train.adam_beta1, train.adam_beta2),
+            eps=train.adam_epsilon,
+            adamw_mode=train.optimizer == "adamw",
+        )
+    except (RuntimeError, OSError, ImportError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(
+            field,
+            offload_optimizer,
+            f"a partial offload needs DeepSpeed's CPUAdam, which could not be built: {reason}",
+            "install g++ and ninja, or set it to true or false",
+        ) from error
+    return optimizer

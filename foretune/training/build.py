@@ -49,7 +49,12 @@ def build_engine(assignment: Assignment, device: torch.device) -> tuple[DeepSpee
     attach_loss(model, chunk_tokens=plan.loss_chunk_tokens)
     if plan.zero_stage < 3:
         model.to(device)
-    optimizer = build_optimizer(model.parameters(), config.train, learning_rate=plan.learning_rate)
+    optimizer = build_optimizer(
+        model.parameters(),
+        config.train,
+        learning_rate=plan.learning_rate,
+        offload_optimizer=plan.offload_optimizer,
+    )
     engine = DeepSpeedEngine(model, optimizer, plan.deepspeed_config, device=device, save_frozen=plan.method != "lora")
     # Dropout draws from here on: different on every rank, the same on every start.
     torch.manual_seed(config.train.seed + assignment.rank.rank)
