@@ -90,8 +90,9 @@ def demonstrate(
     from foretune.demo import TEST_FILE, demo_config, fetch_smollm2
 
     began = time.perf_counter()
-    with _told_stage("fetch", on_event) as say:
-        folder = model or fetch_smollm2(default_cache(), on_progress=say)
+    with _told_stage("fetch", on_event) as stage:
+        folder = model or fetch_smollm2(default_cache(), on_progress=stage.say)
+        stage.summary = str(folder)
     values = demo_config(folder)
     values["train"] = {**values["train"], "seed": seed, **(changes or {})}
     config = parse_config(values)
@@ -104,13 +105,15 @@ def demonstrate(
         on_event(journal.write(kind, **{key: value for key, value in event.items() if key not in ("kind", "time")}))
 
     try:
-        with _told_stage("measure", tell) as say:
-            scores = _measure(folder, run, say)
-        with _told_stage("ask", tell) as say:
-            question, answer = _ask(run.export, TEST_FILE, say)
+        with _told_stage("measure", tell) as stage:
+            scores = _measure(folder, run, stage.say)
+            base, tuned = Score(**scores["base"]), Score(**scores["tuned"])
+            stage.summary = f"triple F1 {base.f1:.1%} → {tuned.f1:.1%}"
+        with _told_stage("ask", tell) as stage:
+            question, answer = _ask(run.export, TEST_FILE, stage.say)
+            stage.summary = answer
     finally:
         journal.close()
-    base, tuned = Score(**scores["base"]), Score(**scores["tuned"])
     seconds = time.perf_counter() - began
     return DemoResult(result, base, tuned, scores["sentences"], question, answer, round(seconds, 1))
 
@@ -161,11 +164,25 @@ def _post(url: str, body: Mapping[str, Any]) -> dict[str, Any]:
     return answer
 
 
+@dataclass
+class _Stage:
+    """A stage of the demo's own, while it runs."""
+
+    name: str
+    tell: EventSink
+    summary: str = ""
+
+    def say(self, message: str) -> None:
+        """What is being done now."""
+        self.tell({"kind": EventKind.PROGRESS, "stage": self.name, "message": message, "time": time.time()})
+
+
 @contextmanager
-def _told_stage(name: str, tell: EventSink) -> Iterator[Callable[[str], None]]:
-    """Tell the start and end of a stage that is the demo's own, and what it is doing between."""
+def _told_stage(name: str, tell: EventSink) -> Iterator[_Stage]:
+    """Tell the start of a stage, and its end with the summary that it was given."""
     tell({"kind": EventKind.STAGE_STARTED, "stage": name, "time": time.time()})
     began = time.perf_counter()
-    yield lambda message: tell({"kind": EventKind.PROGRESS, "stage": name, "message": message, "time": time.time()})
-    seconds = round(time.perf_counter() - began, 3)
-    tell({"kind": EventKind.STAGE_FINISHED, "stage": name, "seconds": seconds, "time": time.time()})
+    stage = _Stage(name, tell)
+    yield stage
+    ended = {"seconds": round(time.perf_counter() - began, 3), "summary": stage.summary, "time": time.time()}
+    tell({"kind": EventKind.STAGE_FINISHED, "stage": name, **ended})

@@ -132,7 +132,7 @@ class RoadState:
 
     def _update_stage(self, event: Mapping[str, Any]) -> None:
         stage = self.stages.setdefault(str(event["stage"]), Stage(str(event["stage"])))
-        stage.detail = str(event.get("summary") or event.get("reason") or stage.detail)
+        stage.detail = str(event.get("summary") or event.get("reason") or "")
         match event["kind"]:
             case EventKind.STAGE_STARTED:
                 stage.status, stage.started = "running", event.get("time")
