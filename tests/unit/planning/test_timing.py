@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -81,7 +82,9 @@ strategies = st.builds(
 def test_work_costs_time(work: Workload, strategy: Strategy) -> None:
     cluster = parse_hardware("8xA100-80GB")
     base = step_time(work, strategy, cluster).total
-    assert step_time(work, replace(strategy, micro_batch_size=strategy.micro_batch_size + 1), cluster).total >= base
+    larger = step_time(work, replace(strategy, micro_batch_size=strategy.micro_batch_size + 1), cluster).total
+    # Where launches bound the step both take the same time, summed from other parts: equal up to rounding.
+    assert larger >= base or math.isclose(larger, base, rel_tol=1e-12)
     assert step_time(work, replace(strategy, checkpointed_layers=work.shape.num_layers), cluster).total > base
     assert step_time(work, replace(strategy, zero_stage=3, offload_optimizer=1.0), cluster).offload > 0
 
