@@ -11,13 +11,14 @@ import difflib
 import json
 import os
 import shlex
+import signal
 import sys
+import threading
 import traceback
 from collections.abc import Sequence
 from typing import Any
 
 from foretune.errors import ConfigError, ExitCode, ForetuneError, NoPlanFits, Preempted, TrainingStopped, UserError
-from foretune.interruption import listen
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -25,7 +26,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
         # A scheduler's SIGTERM is an interruption like Ctrl-C. (Within training the launcher takes both over.)
-        listen()
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, _interrupt)
         execute(words)
         sys.stdout.flush()
         code = ExitCode.DONE
@@ -76,6 +78,10 @@ class Interrupted(ForetuneError):
 
     def __init__(self) -> None:
         super().__init__("stopped as asked; the stages that were complete are kept")
+
+
+def _interrupt(_number: int, _frame: object) -> None:
+    raise KeyboardInterrupt
 
 
 def _report(error: ForetuneError, words: Sequence[str]) -> ExitCode:

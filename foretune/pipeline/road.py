@@ -33,7 +33,6 @@ from foretune.checkpoint import layout, store
 from foretune.config import Config
 from foretune.errors import UserError
 from foretune.events import EventKind, Journal, read_events
-from foretune.interruption import raise_if_asked
 from foretune.model.source import resolve_model
 from foretune.pipeline.first_look import look_at_model
 from foretune.pipeline.folder import default_out, expanded, opened, resolved, settle
@@ -149,7 +148,6 @@ class _Road:
 
     def tell(self, kind: EventKind, **payload: Any) -> None:
         """Write an event to the journal and hand it to whoever watches."""
-        raise_if_asked()
         self.on_event(self.journal.write(kind, **payload))
 
     def prepare(self, *, weights: bool) -> tuple[Path, PreparedDataset]:

@@ -35,6 +35,7 @@ def command(verb: str, data: Path, out: Path, *more: str) -> subprocess.Complete
         "train.global_batch_size=4",
         "train.max_length=128",
         "evaluate.validation=0.05",
+        "checkpoint.every=2",
     ]
     words += [word for setting in settings for word in ("--set", setting)]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
@@ -111,7 +112,7 @@ def test_training_that_lost_its_last_checkpoint_goes_on_from_the_one_before(out:
     checkpoints = RunFolder(out).checkpoints
     newest, *older = layout.complete_steps(checkpoints)
     assert newest == STEPS
-    assert older, "the plan saved before the last step too"
+    assert older, "it saved before the last step too"
     (layout.folder_of(checkpoints, newest) / layout.MANIFEST).unlink()
     done = command("train", data, out)
     assert done.returncode == 0, done.stderr
