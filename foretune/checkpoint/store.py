@@ -86,9 +86,14 @@ def newest_complete(
 
 
 def prune(checkpoints: Path, *, keep: int) -> None:
-    """Delete all but the `keep` newest complete checkpoints, and partial ones of older steps."""
+    """Delete all but the `keep` newest complete checkpoints, and the partial ones that crashes left.
+
+    Called right after a commit, when nothing is being written.
+    """
     for step in layout.complete_steps(checkpoints)[keep:]:
         shutil.rmtree(layout.folder_of(checkpoints, step), ignore_errors=True)
+    for partial in checkpoints.glob(".step-*.partial"):
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _hash_file(path: Path) -> RankFile:
