@@ -215,6 +215,8 @@ class Plan(Artifact):
     gradient_accumulation_dtype: Literal["fp32", "bf16", "fp16"]
     checkpointed_layers: int
     loss_chunk_tokens: int  # tokens per piece of the linear cross-entropy; logits never whole
+    attention: Literal["packed", "sdpa"] = "sdpa"  # packed: kernels that know where documents end
+    compile_layers: bool = False
     global_batch_size: int
     max_length: int
     packing: bool

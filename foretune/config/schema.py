@@ -127,6 +127,11 @@ class PlanConfig(Section):
     checkpointed_layers: Annotated[int, Field(ge=0)] | Auto = Field(
         "auto", description="layers that recompute their activations"
     )
+    attention: Annotated[
+        Literal["auto", "packed", "sdpa"],
+        Field(description="packed: kernels that know where documents end; sdpa: torch's, with a mask"),
+    ] = "auto"
+    compile: Annotated[bool | Auto, Field(description="compile the layers (GPU; not at ZeRO-3)")] = "auto"
 
 
 class CheckpointConfig(Section):

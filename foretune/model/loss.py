@@ -10,6 +10,7 @@ The forward pass already computes both gradients (they are linear in the incomin
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from types import MethodType
 from typing import Any
 
@@ -17,7 +18,10 @@ import torch
 import torch.nn.functional as F
 
 from foretune.artifacts import IGNORE_INDEX
+from foretune.model.attention import packed_inputs, takes_bounds
 
+#: Rows of a gradient that are widened at a time to be scaled.
+_SCALED_ROWS = 1 << 14
 #: A head that does more than a linear map with one of these set in its config is left to the model's own code.
 _HEAD_EXTRAS = (
     "final_logit_softcapping",
@@ -39,6 +43,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         bias: torch.Tensor | None,
         labels: torch.Tensor,
         chunk_tokens: int,
+        fused: bool,
     ) -> torch.Tensor:
         wide = torch.promote_types(hidden.dtype, torch.float32)
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
@@ -47,41 +52,96 @@ class _LinearCrossEntropy(torch.autograd.Function):
         # Summed over chunks in the wide dtype: bf16 would lose the small chunks.
         grad_weight = torch.zeros_like(weight, dtype=wide) if needs_weight else None
         grad_bias = torch.zeros_like(bias, dtype=wide) if bias is not None and needs_bias else None
+        nll_and_gradient = _fused_softmax() if fused else _softmax_in_place
         for start in range(0, hidden.shape[0], chunk_tokens):
             piece = hidden[start : start + chunk_tokens]
             target = labels[start : start + chunk_tokens]
-            logits = F.linear(piece, weight, bias).to(wide)
-            log_normalizer = torch.logsumexp(logits, dim=-1, keepdim=True)
-            total += (log_normalizer - logits.gather(1, target[:, None])).sum()
+            logits = F.linear(piece, weight, bias)
             if grad_hidden is None and grad_weight is None:
+                total += F.cross_entropy(logits.to(wide), target, reduction="sum")
                 continue
-            gradient = torch.exp_(logits.sub_(log_normalizer))  # softmax, in the logits' own memory
-            gradient.scatter_add_(1, target[:, None], gradient.new_full((len(target), 1), -1.0))
-            narrow = gradient.to(hidden.dtype)
+            nll, gradient = nll_and_gradient(logits, target)
+            total += nll
             if grad_hidden is not None:
-                grad_hidden[start : start + chunk_tokens] = narrow @ weight
+                torch.mm(gradient, weight, out=grad_hidden[start : start + chunk_tokens])
             if grad_weight is not None:
-                grad_weight += narrow.T @ piece
+                grad_weight += gradient.T @ piece
             if grad_bias is not None:
-                grad_bias += gradient.sum(0)
+                grad_bias += gradient.sum(0, dtype=wide)
         ctx.save_for_backward(
             grad_hidden,
             grad_weight.to(weight.dtype) if grad_weight is not None else None,
             grad_bias.to(bias.dtype) if grad_bias is not None and bias is not None else None,
         )
+        ctx.is_spent = False
         return total
 
     @staticmethod
     def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        scaled = [
-            gradient * grad_output.to(gradient.dtype) if gradient is not None else None
-            for gradient in ctx.saved_tensors
-        ]
-        return (*scaled, None, None)
+        assert not ctx.is_spent, "the gradients were scaled in place: there is one backward pass"
+        ctx.is_spent = True
+        return (*(_scale_in_place(gradient, grad_output) for gradient in ctx.saved_tensors), None, None, None)
+
+
+def _softmax_in_place(logits: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(Σ nll, its gradient in the dtype of `logits`) of logits [c, V], which are used up."""
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    log_normalizer = torch.logsumexp(wide, dim=-1, keepdim=True)
+    nll = (log_normalizer - wide.gather(1, target[:, None])).sum()
+    gradient = torch.exp_(wide.sub_(log_normalizer))  # softmax, in the logits' own memory
+    gradient.scatter_add_(1, target[:, None], gradient.new_full((len(target), 1), -1.0))
+    return nll, gradient.to(logits.dtype)
+
+
+def _softmax(logits: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same, written for a compiler: logits are read twice and the gradient written once, all in their own dtype."""
+    wide = logits.to(torch.float32)
+    log_normalizer = torch.logsumexp(wide, dim=-1, keepdim=True)
+    nll = (log_normalizer - wide.gather(1, target[:, None])).sum()
+    is_target = torch.arange(logits.shape[1], device=logits.device)[None] == target[:, None]
+    gradient = torch.exp(wide - log_normalizer) - is_target.to(torch.float32)
+    return nll, gradient.to(logits.dtype)
+
+
+@cache
+def _compiled_softmax() -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
+    compiled: Callable[..., tuple[torch.Tensor, torch.Tensor]] = torch.compile(_softmax)
+    return compiled
+
+
+def _fused_softmax() -> Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]:
+    """`_softmax` in one or two kernels, compiled once for any number of rows (the last chunk is shorter)."""
+    import torch._dynamo
+
+    def call(logits: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        if len(target) < 2:  # compilers treat one row as another program
+            return _softmax_in_place(logits, target)
+        torch._dynamo.maybe_mark_dynamic(logits, 0)
+        torch._dynamo.maybe_mark_dynamic(target, 0)
+        return _compiled_softmax()(logits, target)
+
+    return call
+
+
+def _scale_in_place(gradient: torch.Tensor | None, scale: torch.Tensor) -> torch.Tensor | None:
+    """`gradient` times a wide scalar. In 16 bits the scalar itself would be rounded, by up to 0.4 %, so it is not."""
+    if gradient is None:
+        return None
+    if gradient.dtype == scale.dtype:
+        return gradient.mul_(scale)
+    for rows in torch.split(gradient, _SCALED_ROWS):
+        rows.copy_(rows.to(scale.dtype).mul_(scale))
+    return gradient
 
 
 def linear_cross_entropy(
-    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, labels: torch.Tensor, *, chunk_tokens: int
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    labels: torch.Tensor,
+    *,
+    chunk_tokens: int,
+    fused: bool = False,
 ) -> torch.Tensor:
     """Sum of the negative log-likelihoods of `labels` (nats).
 
@@ -91,22 +151,24 @@ def linear_cross_entropy(
         bias: [V] or None.
         labels: int64 [T], each in [0, V).
         chunk_tokens: rows whose logits exist at the same time.
+        fused: let torch compile the softmax of a chunk and its gradient (not in float64).
 
     Returns:
-        Scalar in float32 (float64 for float64 inputs).
+        Scalar in float32 (float64 for float64 inputs). It can be differentiated once.
     """
     result: torch.Tensor = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
-        hidden, weight, bias, labels, chunk_tokens
+        hidden, weight, bias, labels, chunk_tokens, fused
     )
     return result
 
 
-def attach_loss(model: Any, *, chunk_tokens: int) -> None:
+def attach_loss(model: Any, *, chunk_tokens: int, fused: bool = False) -> None:
     """Give a causal LM a forward that returns Σ nll when it is called with ``shift_labels``.
 
     ``model(input_ids=[B, L], position_ids=[B, L], shift_labels=[B, L], target_index=[T])`` then returns a scalar;
     called without `shift_labels` it is the model's own forward. `target_index` are the flat positions that have a
-    target (known on the host, so that selecting them does not wait for the device).
+    target (known on the host, so that selecting them does not wait for the device). `document_bounds` int32 [D + 1] and
+    `longest_document` [] are used by a model with packed attention (see `foretune.model.attention`), else ignored.
 
     The output head is a linear map in nearly every family and goes through `linear_cross_entropy`; where its config
     says that it does more (soft-capping, scaling) the model's own logits are used, whole.
@@ -116,7 +178,7 @@ def attach_loss(model: Any, *, chunk_tokens: int) -> None:
     plain_head = type(head) is torch.nn.Linear and not any(_is_set(core.config, name) for name in _HEAD_EXTRAS)
     own_forward = model.forward
     if plain_head:
-        _attach_to_head(head, chunk_tokens)
+        _attach_to_head(head, chunk_tokens, fused=fused)
 
     def forward(
         self: Any,
@@ -124,10 +186,14 @@ def attach_loss(model: Any, *, chunk_tokens: int) -> None:
         *,
         shift_labels: torch.Tensor | None = None,
         target_index: torch.Tensor | None = None,
+        document_bounds: torch.Tensor | None = None,
+        longest_document: torch.Tensor | None = None,
         **inputs: Any,
     ) -> Any:
         if shift_labels is None:
             return own_forward(input_ids=input_ids, **inputs)
+        if document_bounds is not None and longest_document is not None and takes_bounds(core):
+            inputs |= packed_inputs(document_bounds, longest_document)
         labels = shift_labels.reshape(-1)
         index = target_index if target_index is not None else (labels != IGNORE_INDEX).nonzero()[:, 0]
         if not plain_head:
@@ -141,14 +207,14 @@ def attach_loss(model: Any, *, chunk_tokens: int) -> None:
     model.forward = MethodType(forward, model)
 
 
-def _attach_to_head(head: torch.nn.Linear, chunk_tokens: int) -> None:
+def _attach_to_head(head: torch.nn.Linear, chunk_tokens: int, *, fused: bool) -> None:
     """Let the head itself compute the loss: called as a module, so that ZeRO-3 gathers its weight for the call."""
     logits: Callable[[torch.Tensor], torch.Tensor] = head.forward
 
     def forward(self: torch.nn.Linear, hidden: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
         if labels is None:
             return logits(hidden)
-        return linear_cross_entropy(hidden, self.weight, self.bias, labels, chunk_tokens=chunk_tokens)
+        return linear_cross_entropy(hidden, self.weight, self.bias, labels, chunk_tokens=chunk_tokens, fused=fused)
 
     head.forward = MethodType(forward, head)  # type: ignore[method-assign]
 

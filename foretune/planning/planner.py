@@ -19,6 +19,7 @@ from foretune.errors import UserError
 from foretune.model.shape import ModelShape, read_shape
 from foretune.planning import memory, search
 from foretune.planning.deepspeed_config import deepspeed_config
+from foretune.planning.kernels import choose_attention, choose_compile
 from foretune.planning.search import Candidate
 from foretune.planning.shapes import known_shape, nearest_names
 from foretune.planning.strategy import Precision, Workload
@@ -92,6 +93,8 @@ def make_plan(
         rate,
     ]
     layout = search.explain_strategy(config, work, cluster, best, candidates)
+    attention = choose_attention(config, work, cluster)
+    compiling = choose_compile(config, work, cluster, zero_stage=chosen.zero_stage, total_seconds=total * best.seconds)
     return Plan(
         model=str(model_folder),
         method=config.method,
@@ -108,6 +111,8 @@ def make_plan(
         gradient_accumulation_dtype=accumulation.value,
         checkpointed_layers=chosen.checkpointed_layers,
         loss_chunk_tokens=chosen.loss_chunk_tokens,
+        attention=attention.value,
+        compile_layers=compiling.value,
         global_batch_size=batch.value,
         max_length=data.max_length,
         packing=config.data.packing,
@@ -119,7 +124,7 @@ def make_plan(
         steps_per_epoch=per_epoch,
         checkpoint_every=every.value,
         deepspeed_config=deepspeed_config(work, chosen, cluster, train=config.train),
-        decisions=[*mathematics, *layout, every, *_notes(shape, cluster, data)],
+        decisions=[*mathematics, *layout, attention, compiling, every, *_notes(shape, cluster, data)],
         predicted=prediction(work, best, packs=batch.value, total_steps=total, keep=config.checkpoint.keep, data=data),
         rejected=search.rejected_families(cluster, candidates, best),
     )

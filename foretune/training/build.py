@@ -15,9 +15,11 @@ from foretune.errors import MachineFault
 from foretune.events import EventKind
 from foretune.model import loading
 from foretune.model.adapters import add_adapters, save_adapter_config
+from foretune.model.compilation import compile_layers
 from foretune.model.loss import attach_loss
 from foretune.training.assignment import Assignment
 from foretune.training.hooks import AccountingHook, CheckpointHook, JournalHook
+from foretune.training.kernels import CompileHook, apply_attention, may_compile
 from foretune.training.loop import Hook
 from foretune.training.probes import ISOLATION_TOLERANCE, isolation_error, write_reference_logits
 
@@ -46,7 +48,9 @@ def build_engine(assignment: Assignment, device: torch.device) -> tuple[DeepSpee
     if plan.method == "lora":
         model = add_adapters(model, config.lora, seed=config.train.seed)
     loading.checkpoint_layers(model, plan.checkpointed_layers)
-    attach_loss(model, chunk_tokens=plan.loss_chunk_tokens)
+    apply_attention(assignment, model, device)
+    compiling = may_compile(assignment, device)
+    attach_loss(model, chunk_tokens=plan.loss_chunk_tokens, fused=compiling)
     if plan.zero_stage < 3:
         model.to(device)
     optimizer = build_optimizer(
@@ -56,6 +60,8 @@ def build_engine(assignment: Assignment, device: torch.device) -> tuple[DeepSpee
         offload_optimizer=plan.offload_optimizer,
     )
     engine = DeepSpeedEngine(model, optimizer, plan.deepspeed_config, device=device, save_frozen=plan.method != "lora")
+    if compiling:
+        compile_layers(model)
     # Dropout draws from here on: different on every rank, the same on every start.
     torch.manual_seed(config.train.seed + assignment.rank.rank)
     return engine, model
@@ -108,4 +114,6 @@ def build_hooks(assignment: Assignment, engine: Engine, model: Any, loader: Load
     hooks: list[Hook] = [AccountingHook(), checkpoint]
     if assignment.journal is not None:
         hooks.insert(0, JournalHook(assignment.journal, device=engine.device, tensorboard=run.tensorboard))
+        if plan.compile_layers:
+            hooks.append(CompileHook(assignment.journal))
     return hooks

@@ -1,0 +1,55 @@
+"""The kernels that were planned, put into a model: packed attention before the engine, compiled layers after it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from foretune.events import EventKind, Journal
+from foretune.model import attention, compilation
+from foretune.training.assignment import Assignment
+from foretune.training.loop import StepReport
+from foretune.training.state import TrainState
+
+#: Steps of a launch in which compiling is expected.
+_WARM_UP = 2
+
+
+def apply_attention(assignment: Assignment, model: Any, device: torch.device) -> None:
+    """Packed attention where it is planned and this model has it; else the model keeps its own, and the run says so."""
+    if assignment.plan.attention != "packed":
+        return
+    reason = attention.refusal(model, device=device)
+    if reason is None:
+        attention.use_packed_attention(model)
+    else:
+        assignment.tell(EventKind.NOTE, message=f"attention is sdpa: {reason}")
+
+
+def may_compile(assignment: Assignment, device: torch.device) -> bool:
+    """Whether to compile: where it is planned and this machine can; otherwise the run says why not."""
+    if not assignment.plan.compile_layers:
+        return False
+    reason = compilation.refusal(device)
+    if reason is not None:
+        assignment.tell(EventKind.NOTE, message=f"layers are not compiled: {reason}")
+    return reason is None
+
+
+class CompileHook:
+    """Says when something is compiled after the first steps: the shapes were not what they were thought to be."""
+
+    def __init__(self, journal: Journal) -> None:
+        self._journal = journal
+        self._steps = self._graphs = 0
+
+    def after_step(self, report: StepReport, state: TrainState) -> None:
+        graphs = compilation.compiled_graphs()
+        self._steps += 1
+        if self._steps == _WARM_UP:
+            self._journal.write(EventKind.NOTE, message=f"compiled {graphs} graphs in {_WARM_UP} steps")
+        elif self._steps > _WARM_UP and graphs > self._graphs:
+            more = graphs - self._graphs
+            self._journal.write(EventKind.NOTE, message=f"compiled {more} more graphs in step {report.step}")
+        self._graphs = graphs

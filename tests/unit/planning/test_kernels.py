@@ -1,0 +1,59 @@
+"""Attention and compiling: chosen with a reason, refused where they cannot be."""
+
+import pytest
+
+from foretune.artifacts import Plan
+from foretune.config import load_config
+from foretune.errors import UserError
+from foretune.planning.hardware import parse_hardware
+from foretune.planning.planner import make_plan
+
+
+def plan(hardware: str, *settings: str, tokens: int = 100_000_000, model: str = "Qwen/Qwen2.5-0.5B") -> Plan:
+    config = load_config(flags={"model": model, "data": "x.jsonl"}, settings=list(settings))
+    return make_plan(config, model_folder=model, cluster=parse_hardware(hardware), prepared=None, tokens=tokens)
+
+
+def reason_of(made: Plan, field: str) -> str:
+    return next(decision.reason for decision in made.decisions if decision.field == field)
+
+
+def test_a_gpu_gets_packed_attention_and_compiled_layers() -> None:
+    made = plan("1xH100-80GB")
+    assert made.attention == "packed"
+    assert made.compile_layers
+    assert "without a mask" in reason_of(made, "plan.attention")
+
+
+def test_a_cpu_gets_neither() -> None:
+    made = plan("2xcpu,ram=64GB", tokens=100_000)
+    assert made.attention == "sdpa"
+    assert not made.compile_layers
+    assert "CUDA" in reason_of(made, "plan.attention")
+
+
+def test_a_short_run_is_not_compiled_unless_asked() -> None:
+    assert not plan("1xH100-80GB", tokens=200_000).compile_layers
+    assert "before compiling has paid" in reason_of(plan("1xH100-80GB", tokens=200_000), "plan.compile")
+    assert plan("1xH100-80GB", "plan.compile=true", tokens=200_000).compile_layers
+
+
+def test_zero_3_and_rows_of_their_own_are_not_compiled() -> None:
+    assert not plan("1xH100-80GB", "plan.zero_stage=3").compile_layers
+    assert not plan("1xH100-80GB", "data.packing=false").compile_layers
+
+
+@pytest.mark.parametrize(
+    ("hardware", "settings", "field"),
+    [
+        ("2xcpu,ram=64GB", ["plan.attention=packed"], "plan.attention"),
+        ("1xH100-80GB", ["plan.attention=packed", "train.precision=fp32"], "plan.attention"),
+        ("1xH100-80GB", ["plan.attention=packed", "train.dropout=model"], "plan.attention"),
+        ("2xcpu,ram=64GB", ["plan.compile=true"], "plan.compile"),
+        ("1xH100-80GB", ["plan.compile=true", "plan.zero_stage=3"], "plan.compile"),
+    ],
+)
+def test_what_cannot_be_is_refused(hardware: str, settings: list[str], field: str) -> None:
+    with pytest.raises(UserError) as caught:
+        plan(hardware, *settings, tokens=1_000_000)
+    assert caught.value.field == field
