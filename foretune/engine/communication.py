@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 #: Methods of DeepSpeed's backend object that every collective of the engine goes through.
@@ -25,6 +26,7 @@ class CommunicationClock:
 
     def __init__(self) -> None:
         self._seconds = 0.0
+        self.on_enter: Callable[[], None] = lambda: None
 
     def take(self) -> float:
         """Return the seconds since the last call and start again from zero."""
@@ -40,6 +42,7 @@ class CommunicationClock:
 
     def _timed(self, method: Any) -> Any:
         def timed(*args: Any, **kwargs: Any) -> Any:
+            self.on_enter()
             start = time.perf_counter()
             result = method(*args, **kwargs)
             self._seconds += time.perf_counter() - start

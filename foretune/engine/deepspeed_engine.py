@@ -5,7 +5,7 @@ in: a model, an optimizer over its trainable parameters, a DeepSpeed configurati
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,11 @@ import deepspeed
 import torch
 from deepspeed.runtime.zero import GatheredParameters
 
+from foretune.checkpoint.snapshot import StateWriter
 from foretune.engine.communication import CommunicationClock
 from foretune.engine.protocol import StepResult
+from foretune.engine.saves import redirected_saves
+from foretune.engine.shortcuts import apply_shortcuts
 from foretune.errors import MachineFault
 
 #: DeepSpeed keeps a checkpoint in a folder named by a tag; ours is always this one.
@@ -51,10 +54,13 @@ class DeepSpeedEngine:
         self.world_size = torch.distributed.get_world_size()
         self.zero_stage = int(self._engine.zero_optimization_stage())
         self._save_frozen = save_frozen
+        self._torch_optimizer = optimizer
         self._communication = CommunicationClock()
         if device.type == "cpu":
             self._communication.watch(deepspeed.comm.comm.cdb)
         self._plain_grad_norm: torch.Tensor | None = None
+        if device.type == "cuda":
+            apply_shortcuts(self._engine.optimizer, optimizer)
         if self._engine.optimizer is optimizer:  # stage 0 in fp32: no wrapper, and DeepSpeed reports no norm
             self._measure_plain_grad_norm(optimizer)
 
@@ -81,8 +87,10 @@ class DeepSpeedEngine:
             loss_scale=float(scale),
         )
 
-    def sum_over_ranks(self, values: list[float]) -> list[float]:
-        tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
+    def sum_over_ranks(self, values: list[float | torch.Tensor]) -> list[float]:
+        # One copy to the device at most, one back: what is on the device already is not fetched first.
+        parts = [torch.as_tensor(value, dtype=torch.float64, device=self.device) for value in values]
+        tensor = torch.stack(parts)
         if self.world_size > 1:
             with translated_errors():
                 torch.distributed.all_reduce(tensor)
@@ -91,15 +99,24 @@ class DeepSpeedEngine:
     def take_communication(self) -> float:
         return self._communication.take()
 
+    def on_collective(self, callback: Callable[[], None]) -> None:
+        """Call `callback` on entering each of DeepSpeed's collectives (on a CPU only, where they are watched)."""
+        self._communication.on_enter = callback
+
+    def before_update(self, callback: Callable[[], None]) -> None:
+        """Call `callback` inside each optimizer step, right before weights change."""
+        self._torch_optimizer.register_step_pre_hook(lambda *_: callback())
+
     def barrier(self) -> None:
         if self.world_size > 1:
             torch.distributed.barrier()
 
-    def save(self, folder: Path) -> None:
+    def save(self, write: StateWriter) -> None:
         # save_latest=False: the tag file is written before DeepSpeed's last barrier and has no meaning for us.
-        self._engine.save_checkpoint(
-            str(folder), tag=ENGINE_TAG, save_latest=False, exclude_frozen_parameters=not self._save_frozen
-        )
+        with redirected_saves(self._engine, write) as root:
+            self._engine.save_checkpoint(
+                root, tag=ENGINE_TAG, save_latest=False, exclude_frozen_parameters=not self._save_frozen
+            )
 
     def load(self, folder: Path) -> None:
         path, _ = self._engine.load_checkpoint(
@@ -144,11 +161,14 @@ def translated_errors() -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError as error:
-        raise MachineFault(f"device out of memory: {str(error).splitlines()[0]}") from error
+        cause = f"device out of memory: {str(error).splitlines()[0]}"
+        raise MachineFault(cause, kind="device_out_of_memory") from error
     except torch.distributed.DistError as error:
-        raise MachineFault(f"communication failed: {str(error).splitlines()[0]}") from error
+        raise MachineFault(f"communication failed: {str(error).splitlines()[0]}", kind="communication") from error
     except RuntimeError as error:
         text = str(error)
+        if "CUDA out of memory" in text:  # some paths raise it as a plain RuntimeError
+            raise MachineFault(f"device out of memory: {text.splitlines()[0]}", kind="device_out_of_memory") from error
         if "Connection closed by peer" in text or "Connection reset by peer" in text or "gloo" in text.lower():
-            raise MachineFault(f"communication failed: {text.splitlines()[0]}") from error
+            raise MachineFault(f"communication failed: {text.splitlines()[0]}", kind="communication") from error
         raise

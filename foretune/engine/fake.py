@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from foretune.checkpoint.snapshot import StateWriter
 from foretune.engine.protocol import StepResult
 
 
@@ -43,7 +44,7 @@ class FakeEngine:
         self._optimizer.zero_grad(set_to_none=True)
         return StepResult(grad_norm=float(norm), applied=applied)
 
-    def sum_over_ranks(self, values: list[float]) -> list[float]:
+    def sum_over_ranks(self, values: list[float | torch.Tensor]) -> list[float]:
         return [float(value) for value in values]
 
     def take_communication(self) -> float:
@@ -52,10 +53,8 @@ class FakeEngine:
     def barrier(self) -> None:
         return None
 
-    def save(self, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        state = {"module": self.module.state_dict(), "optimizer": self._optimizer.state_dict()}
-        torch.save(state, folder / "fake.pt")
+    def save(self, write: StateWriter) -> None:
+        write("fake.pt", {"module": self.module.state_dict(), "optimizer": self._optimizer.state_dict()})
 
     def load(self, folder: Path) -> None:
         state = torch.load(folder / "fake.pt", weights_only=True)

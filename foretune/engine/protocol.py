@@ -12,6 +12,8 @@ from typing import Any, Protocol
 
 import torch
 
+from foretune.checkpoint.snapshot import StateWriter
+
 
 @dataclass(frozen=True)
 class StepResult:
@@ -48,8 +50,8 @@ class Engine(Protocol):
         """Clip, update, forget the gradients."""
         ...
 
-    def sum_over_ranks(self, values: list[float]) -> list[float]:
-        """The sum of each value over all ranks, the same list on every rank. float64."""
+    def sum_over_ranks(self, values: list[float | torch.Tensor]) -> list[float]:
+        """The sum of each value (a number, or a scalar tensor) over all ranks, the same list on every rank. float64."""
         ...
 
     def take_communication(self) -> float:
@@ -60,10 +62,10 @@ class Engine(Protocol):
         """Wait until every rank is here."""
         ...
 
-    def save(self, folder: Path) -> None:
-        """Write this rank's share of weights and optimizer states below `folder`. Called by every rank."""
+    def save(self, write: StateWriter) -> None:
+        """Hand this rank's share of weights and optimizer states to `write`, file by file. Called by every rank."""
         ...
 
     def load(self, folder: Path) -> None:
-        """Read what `save` wrote with the same world size. The caller has verified the files (they are pickles)."""
+        """Read from `folder` what `save` gave with the same world size. The caller has verified the files (they are pickles)."""
         ...

@@ -4,14 +4,14 @@ for each step:  batch = loader.step(step)                 a pure function of the
                 for each micro-batch: forward, backward
                 engine.step(learning rate)                reduce, clip, update
                 one reduction tells every rank the loss and whether to stop
+                is the loss finite, and no spike?         else the supervisor goes back and passes this data over
                 hooks                                     journal, checkpoint
 """
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -19,8 +19,8 @@ import torch
 
 from foretune.data import Loader
 from foretune.engine import Engine
-from foretune.errors import MachineFault
 from foretune.training.clock import PhaseClock
+from foretune.training.guard import check_loss
 from foretune.training.objective import negative_log_likelihood, scaled_loss, to_device
 from foretune.training.state import TrainState
 
@@ -57,6 +57,9 @@ def train(
     learning_rate: Callable[[int], float],
     hooks: list[Hook],
     stop_requested: Callable[[], bool] = lambda: False,
+    enter: Callable[[str, int], None] = lambda phase, step: None,
+    passed_over: Container[int] = (),
+    spike: float = 0.0,
     skips_overflow: bool = False,
 ) -> bool:
     """Train from `state.step` to `total_steps`. Returns False if it was asked to stop earlier.
@@ -64,38 +67,51 @@ def train(
     Args:
         learning_rate: of a step number.
         stop_requested: asked after every step; one rank that says yes stops all, after the same step.
+        enter: told the phase and the steps done whenever a phase begins (heartbeat).
+        passed_over: steps whose data is not trained on.
+        spike: robust z-score above which a loss is a fault; 0 is off.
         skips_overflow: whether a non-finite gradient is part of the game (fp16's loss scaling) or a fault.
 
     Raises:
-        MachineFault: the loss or the gradient is not finite.
+        MachineFault: the loss or the gradient is not finite, or the loss is a spike.
     """
     clock = PhaseClock(engine.device, take_communication=engine.take_communication)
     engine.module.train()
+    upcoming = None
+    _pass_over(state, passed_over)
     while state.step < total_steps:
         start = time.perf_counter()
+        enter("data", state.step)
         with clock.host("data"):
-            batch = loader.step(state.step)
+            batch = upcoming or loader.step(state.step)
         nll = torch.zeros((), dtype=torch.float64, device=engine.device)
         for micro_batch in batch.micro_batches:
             with clock.host("data"):
                 inputs = to_device(micro_batch, engine.device)
+            enter("forward", state.step)
             with clock.device("forward"):
                 micro_nll = negative_log_likelihood(engine, inputs)
+            enter("backward", state.step)
             with clock.device("backward"):
                 loss = scaled_loss(micro_nll, world_size=engine.world_size, target_tokens=batch.target_tokens)
                 engine.backward(loss)
             nll += micro_nll.detach()
         rate = learning_rate(state.step)
+        with clock.host("data"):  # while the device is busy: nothing has been waited for yet
+            after = state.step + 1
+            upcoming = loader.step(after) if after < total_steps and after not in passed_over else None
+        enter("step", state.step)
         with clock.device("step"):
             result = engine.step(rate)
-        total_nll, stop = engine.sum_over_ranks([nll.item(), float(stop_requested())])
+        total_nll, stop = engine.sum_over_ranks([nll, float(stop_requested())])
+        number = state.step
         state.step += 1
         state.tokens += batch.tokens
         state.target_tokens += batch.target_tokens
         state.skipped_steps += not result.applied
         seconds = time.perf_counter() - start
         report = StepReport(
-            step=state.step,
+            step=number + 1,
             loss=total_nll / batch.target_tokens,
             learning_rate=rate,
             grad_norm=result.grad_norm,
@@ -107,7 +123,9 @@ def train(
             seconds_by_phase=clock.take(),
             stop=stop > 0,
         )
-        _check_finite(report, skips_overflow=skips_overflow)
+        check_loss(report, state, spike=spike, skips_overflow=skips_overflow)
+        _pass_over(state, passed_over)
+        enter("log", state.step)
         for hook in hooks:
             hook.after_step(report, state)
         if report.stop and state.step < total_steps:
@@ -115,11 +133,8 @@ def train(
     return True
 
 
-def _check_finite(report: StepReport, *, skips_overflow: bool) -> None:
-    """DeepSpeed skips an update with a non-finite gradient and only logs it: training would stand still unseen."""
-    if math.isfinite(report.loss) and (skips_overflow or (report.applied and math.isfinite(report.grad_norm))):
-        return
-    raise MachineFault(
-        f"not finite: loss {report.loss}, gradient norm {report.grad_norm}; a lower train.learning_rate usually helps",
-        step=report.step,
-    )
+def _pass_over(state: TrainState, passed_over: Container[int]) -> None:
+    """Step over the data windows that went wrong before."""
+    while state.step in passed_over:
+        state.step += 1
+        state.passed_over_steps += 1
