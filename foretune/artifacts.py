@@ -145,6 +145,7 @@ class Accelerator(Artifact):
     fp16: bool
     peak_flops: float  # dense, per second, in the best 16-bit format (fp32 on a CPU)
     memory_bandwidth: float  # bytes per second
+    watts: float = 0.0  # board power; 0 where nobody says
 
 
 class Cluster(Artifact):
@@ -158,6 +159,8 @@ class Cluster(Artifact):
     link_bandwidth: float  # bytes per second between devices of a node
     network_bandwidth: float  # bytes per second between nodes
     host_link_bandwidth: float = 22e9  # bytes per second between a device and its host, each way
+    disk_bandwidth: float = 3e9  # bytes per second of a node's disk, for what is offloaded to NVMe
+    price_per_hour: float | None = None  # of one device, in whatever currency it was given
     notes: list[str] = []  # what was assumed, or is odd about these machines
     probed: bool
 
@@ -186,6 +189,22 @@ class Prediction(Artifact):
     step_seconds: float
     tokens_per_second: float
     total_seconds: float
+    peak_phase: str = ""  # of a step, in which the device holds most
+    host_memory_parts: dict[str, int] = {}  # of a node; sum to host_memory_bytes_per_node
+    step_parts: dict[str, float] = {}  # seconds; sum to step_seconds
+    mfu: float | None = None  # model FLOP (no recomputation) over the devices' peak
+    energy_kwh: float | None = None  # of the whole training at board power; with a price only
+    cost: float | None = None  # of the whole training, in the currency of the price
+
+
+class Derivation(Artifact):
+    """One line of arithmetic: ``4ψt/N = 4 · 494,032,768 / 8 = 247,016,384 bytes``."""
+
+    part: str  # of the prediction that it adds to
+    formula: str
+    numbers: str
+    value: int  # bytes
+    source: str = ""  # paper and section, or where it was measured
 
 
 class Alternative(Artifact):
@@ -231,6 +250,8 @@ class Plan(Artifact):
     decisions: list[Decision]
     predicted: Prediction
     rejected: list[Alternative]
+    optimizer_dtype: Literal["fp32", "bf16"] = "fp32"  # of master weights and optimizer states
+    arithmetic: list[Derivation] = []  # how the predicted memory comes about, symbol by symbol
 
 
 class RankFile(Artifact):
@@ -312,6 +333,7 @@ class Outcome(Artifact):
     status: Literal["done", "preempted", "user_error", "machine_fault", "bug"]
     step: int | None = None
     cause: str | None = None
+    kind: str | None = None  # of a machine's fault: a `foretune.launch.failures.Cause`
     field: str | None = None  # of a user error, as are the next three
     value: str | None = None
     problem: str | None = None
@@ -344,6 +366,8 @@ class RunFolder:
         self.tensorboard = path / "tensorboard"
         self.logs = path / "logs"
         self.launch = path / "launch"  # of the present launch: outcomes of ranks, the stop request
+        self.saving = self.launch / "saving"  # a snapshot in memory that is to be written to disk
+        self.passed_over = path / "passed_over.json"  # steps whose data went wrong; a decision that outlives a launch
         self.stop_request = self.launch / "stop"  # its existence asks the ranks to finish their step, save and end
 
     def outcome_of(self, rank: int) -> Path:
@@ -353,6 +377,14 @@ class RunFolder:
     def log_of(self, rank: int) -> Path:
         """What a rank printed."""
         return self.logs / f"rank-{rank:05d}.log"
+
+    def heartbeat_of(self, rank: int) -> Path:
+        """Where a rank says what it is doing."""
+        return self.launch / f"heartbeat-{rank:05d}"
+
+    def stack_of(self, rank: int) -> Path:
+        """Python stacks of a rank, written when it hangs."""
+        return self.logs / f"stack-{rank:05d}.txt"
 
     def create(self) -> None:
         """Make the folder, readable by its owner alone."""

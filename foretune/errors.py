@@ -97,8 +97,11 @@ class MachineFault(ForetuneError):
 
     exit_code = ExitCode.TRAINING_STOPPED
 
-    def __init__(self, cause: str, *, rank: int | None = None, step: int | None = None) -> None:
-        self.cause, self.rank, self.step = cause, rank, step
+    def __init__(
+        self, cause: str, *, rank: int | None = None, step: int | None = None, kind: str | None = None
+    ) -> None:
+        """`kind` is a `foretune.launch.failures.Cause`, where the rank knows which."""
+        self.cause, self.rank, self.step, self.kind = cause, rank, step, kind
         where = "".join(
             [f" on rank {rank}" if rank is not None else "", f" at step {step}" if step is not None else ""]
         )

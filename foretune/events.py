@@ -33,9 +33,10 @@ class EventKind(StrEnum):
     #: memory_bytes (rank 0's peak)
     STEP = "step"
     EVALUATED = "evaluated"  # step, loss, perplexity, target_tokens
-    CHECKPOINT_SAVED = "checkpoint_saved"  # step, path, seconds, bytes
+    CHECKPOINT_SAVED = "checkpoint_saved"  # step, path, seconds, blocked_seconds (training waited), bytes
     STOP_REQUESTED = "stop_requested"  # reason
-    FAULT = "fault"  # cause, rank, step
+    FAULT = "fault"  # cause, detail, rank, step, phase
+    RECOVERY = "recovery"  # action, why, wait_seconds
     BREAKDOWN = "breakdown"  # seconds_by_phase, of all launches together
     TRAINING_FINISHED = "training_finished"  # step, seconds, breakdown
     PREDICTED_AGAINST_MEASURED = "predicted_against_measured"  # quantities: name → predicted, measured

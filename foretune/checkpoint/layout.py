@@ -19,6 +19,9 @@ from foretune.artifacts import Checkpoint
 MANIFEST = Checkpoint.file_name
 REFERENCE = "reference.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
+#: In RUN/launch/saving/: what a snapshot in memory holds, and the files of it that are on disk already.
+READY = "ready.json"
+EXTRAS = "extras"
 _COMPLETE = re.compile(r"step-(\d{8,})")
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Container, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -22,28 +22,45 @@ def prepare_partial(checkpoints: Path, step: int) -> Path:
     """Make an empty partial folder for a step; what a crash left there is removed."""
     folder = layout.partial_folder_of(checkpoints, step)
     shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    if not checkpoints.is_dir():
+        checkpoints.mkdir(parents=True)
+        sync_folder(checkpoints.parent)  # else a power cut could take the folder with all that was renamed into it
+    folder.mkdir()
     return folder
 
 
-def commit(partial: Path, manifest: Checkpoint) -> Path:
-    """Make a partial folder a complete checkpoint. `manifest.files` is filled in here; returns the final folder."""
+def commit(partial: Path, manifest: Checkpoint, *, hashed: Mapping[str, RankFile] | None = None) -> Path:
+    """Make a partial folder a complete checkpoint. `manifest.files` is filled in here; returns the final folder.
+
+    Args:
+        hashed: files that were synced and hashed while they were written.
+    """
     checkpoints = partial.parent
-    files = hash_files(partial)
-    manifest.model_copy(update={"files": files}).write(partial / layout.MANIFEST)
+    files = dict(hashed or {})
+    files |= hash_files(partial, without=files)
+    manifest.model_copy(update={"files": dict(sorted(files.items()))}).write(partial / layout.MANIFEST)
     for folder in [path for path in partial.rglob("*") if path.is_dir()] + [partial]:
         sync_folder(folder)
     final = layout.folder_of(checkpoints, manifest.step)
-    if final.exists():  # the same step saved again, for example when a finished run is extended
+    if final.exists():  # a step that was trained again after falling back behind it, or a finished run extended
+        if _is_good(final) and files == verify(final).files:
+            shutil.rmtree(partial)
+            return final
         shutil.rmtree(final)
     partial.rename(final)
     sync_folder(checkpoints)
     return final
 
 
-def hash_files(folder: Path) -> dict[str, RankFile]:
+def files_of(folder: Path) -> dict[str, RankFile]:
+    """The files that a checkpoint's manifest names, unverified."""
+    return Checkpoint.read(folder / layout.MANIFEST).files
+
+
+def hash_files(folder: Path, *, without: Container[str] = ()) -> dict[str, RankFile]:
     """sha256 and size of every file below a folder except the manifest, each synced to disk first."""
     paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != layout.MANIFEST)
+    paths = [path for path in paths if str(path.relative_to(folder)) not in without]
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:  # hashlib releases the GIL
         return dict(pool.map(lambda path: (str(path.relative_to(folder)), _hash_file(path)), paths))
 
@@ -85,15 +102,33 @@ def newest_complete(
     return None
 
 
-def prune(checkpoints: Path, *, keep: int) -> None:
-    """Delete all but the `keep` newest complete checkpoints, and the partial ones that crashes left.
+def prune(checkpoints: Path, *, keep: int, keep_every: int | None = None) -> None:
+    """Delete what is older than the `keep` newest complete checkpoints, and the partial ones that crashes left.
 
-    Called right after a commit, when nothing is being written.
+    Called right after a commit, when nothing is being written: the newest is good, so the last good one always stays.
+    `keep_every` keeps every checkpoint whose step is a multiple of it.
     """
     for step in layout.complete_steps(checkpoints)[keep:]:
-        shutil.rmtree(layout.folder_of(checkpoints, step), ignore_errors=True)
+        if keep_every is None or step % keep_every:
+            _delete(layout.folder_of(checkpoints, step))
     for partial in checkpoints.glob(".step-*.partial"):
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _is_good(folder: Path) -> bool:
+    try:
+        verify(folder)
+    except VerificationFailed:
+        return False
+    return True
+
+
+def _delete(folder: Path) -> None:
+    """Remove a complete checkpoint; it stops being one first, so that no crash leaves a half of it under its name."""
+    doomed = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(doomed, ignore_errors=True)
+    folder.rename(doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
 
 
 def _hash_file(path: Path) -> RankFile:

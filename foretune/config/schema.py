@@ -131,6 +131,18 @@ class PlanConfig(Section):
         Literal["auto", "packed", "sdpa"],
         Field(description="packed: kernels that know where documents end; sdpa: torch's, with a mask"),
     ] = "auto"
+    loss_chunk_tokens: Annotated[
+        PositiveInt | Auto, Field(description="tokens whose logits exist at the same time")
+    ] = "auto"
+    reduce_bucket_size: Annotated[PositiveInt | Auto, Field(description="gradients that are reduced at a time")] = "auto"
+    sub_group_size: Annotated[PositiveInt | Auto, Field(description="parameters that ZeRO-3 steps at a time")] = "auto"
+    optimizer_dtype: Annotated[
+        Literal["auto", "fp32", "bf16"],
+        Field(description="of master weights and optimizer states; bf16 changes numerics and needs allow_numerics"),
+    ] = "auto"
+    nvme_path: Annotated[
+        str | None, Field(description="folder on a fast disk that may be offloaded to; without it none is")
+    ] = None
     compile: Annotated[bool | Auto, Field(description="compile the layers (GPU; not at ZeRO-3)")] = "auto"
 
 
@@ -139,6 +151,28 @@ class CheckpointConfig(Section):
 
     every: Annotated[PositiveInt | Auto, Field(description="steps between checkpoints")] = "auto"
     keep: Annotated[PositiveInt, Field(description="newest checkpoints to keep")] = 3
+    keep_every: Annotated[
+        PositiveInt | None, Field(description="also keep every checkpoint whose step is a multiple of this")
+    ] = None
+    background: Annotated[
+        bool, Field(description="copy to host memory and write from there, where it has room for a copy")
+    ] = True
+
+
+class RecoverConfig(Section):
+    """What is done when something fails, and how often."""
+
+    restarts_per_hour: Annotated[int, Field(ge=0, description="more failures than this within an hour stop it")] = 10
+    hang_seconds: Annotated[float, Field(gt=0)] | Auto = Field(
+        "auto", description="no rank moved for so long: a hang; auto adapts to the time of a step"
+    )
+    passed_over_windows: Annotated[
+        int, Field(ge=0, description="data windows with a non-finite or spiking loss that may be passed over")
+    ] = 3
+    loss_spike: Annotated[
+        float,
+        Field(ge=0, description="robust z-score above which a loss (also half as much again as the median) is a spike; 0 is off"),
+    ] = 25.0
 
 
 class EvaluateConfig(Section):
@@ -158,6 +192,7 @@ class Config(Section):
     train: TrainConfig = TrainConfig()
     plan: PlanConfig = PlanConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    recover: RecoverConfig = RecoverConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     from_scratch: Annotated[bool, Field(description="random weights in the model's shape")] = False
     trust_remote_code: Annotated[bool, Field(description="run Python code that comes with the model")] = False

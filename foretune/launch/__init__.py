@@ -1,5 +1,7 @@
-"""Starts the ranks, watches them, and says how it ended. No torch."""
+"""Starts the ranks, watches them, recovers what fails, and says how it ended. No torch."""
 
-from foretune.launch.supervisor import train
+from foretune.launch.agent_process import Agents
+from foretune.launch.failures import Cause, Failure
+from foretune.launch.supervisor import pass_over, train
 
-__all__ = ["train"]
+__all__ = ["Agents", "Cause", "Failure", "pass_over", "train"]

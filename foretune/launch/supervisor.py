@@ -1,6 +1,7 @@
-"""Runs one training to its end: starts torchrun's elastic agent as a child, follows the journal, reads the outcomes.
+"""Runs one training to its end through whatever happens: starts the ranks, watches, classifies, recovers.
 
-    RUN/plan.json ──▶ agent ──▶ ranks ──▶ RUN/launch/outcome-*.json ──▶ return | Preempted | UserError | TrainingStopped
+    agent ──▶ ranks ──▶ heartbeats, outcomes, journal ──▶ what ended it? ──policy──▶ again | replan | pass over | stop
+                  └──▶ snapshots ──persister──▶ checkpoints
 
 Signals: the first SIGINT, SIGTERM or SIGUSR1 becomes a file that rank 0 looks for after every step (the agent and the
 ranks live in a session of their own and never see the terminal's Ctrl-C; torchrun's own SIGTERM means something else to
@@ -9,89 +10,301 @@ them). A second SIGINT ends the ranks at once.
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import threading
 import time
-import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-from foretune.artifacts import Outcome, Plan, RunFolder
-from foretune.checkpoint import layout
-from foretune.errors import ForetuneError, Preempted, TrainingStopped, UserError
-from foretune.events import EventKind, Journal, read_events_from
+import psutil
 
-#: How often the journal is read for the live view, seconds.
-_POLL_SECONDS = 0.1
-#: How long the agent gets to end its ranks when it is asked to, seconds.
-_SHUTDOWN_SECONDS = 30.0
+from foretune.artifacts import Outcome, Plan, RunFolder, write_atomically
+from foretune.checkpoint import layout, store
+from foretune.config import Config
+from foretune.errors import Preempted, TrainingStopped, UserError
+from foretune.events import EventKind, Journal, read_events_from
+from foretune.faults import Faults
+from foretune.launch.agent_process import Agents
+from foretune.launch.failures import Cause, Failure, classify
+from foretune.launch.health import Hang, Health, oom_kills
+from foretune.launch.persister import Persister
+from foretune.launch.policy import Action, Policy
+
+#: How often ranks, journal and heartbeats are looked at, seconds.
+_POLL_SECONDS = 0.05
+#: Of the host memory that is free, what snapshots may take.
+_SNAPSHOT_SHARE = 0.5
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 EventSink = Callable[[dict[str, Any]], None]
+#: Makes another plan after the device's memory did not do; None if there is none left.
+Replan = Callable[[Plan], Plan | None]
 
 
-def train(run: RunFolder, plan: Plan, *, on_event: EventSink = lambda event: None) -> None:
-    """Train as planned, from the newest complete checkpoint if there is one.
+def train(
+    run: RunFolder,
+    plan: Plan,
+    config: Config,
+    *,
+    on_event: EventSink = lambda event: None,
+    replan: Replan = lambda plan: None,
+    faults: Path | None = None,
+    before_restart: Callable[[Failure], None] = lambda failure: None,
+    agents: Agents | None = None,
+) -> Plan:
+    """Train as planned, from the newest complete checkpoint if there is one. Returns the plan that it ended with.
 
     Args:
         on_event: called with every journal event that is written meanwhile.
+        replan: asked for another plan when the device ran out of memory.
+        faults: file of faults to inject (`foretune.faults`).
+        agents: keeps the warm processes of earlier trainings; ended by the caller. Ours alone if not given.
+        before_restart: called between a failure and the restart (the proof damages checkpoints there).
 
     Raises:
         Preempted: stopped as asked, saved.
         UserError: the ranks found a mistake of the user's.
-        TrainingStopped: a rank failed; names rank, step, cause and the last checkpoint.
+        TrainingStopped: it can't go on; names rank, step, cause and the last checkpoint.
     """
-    shutil.rmtree(run.launch, ignore_errors=True)
-    run.launch.mkdir(parents=True)
     run.logs.mkdir(parents=True, exist_ok=True)
     journal = Journal(run.events)
-    offset = run.events.stat().st_size
+    supervisor = _Supervisor(
+        run,
+        plan,
+        config,
+        journal=journal,
+        on_event=on_event,
+        replan=replan,
+        faults=faults,
+        agents=agents or Agents(),
+    )
     try:
-        with (run.logs / "agent.log").open("ab") as log:
-            agent = subprocess.Popen(
-                _command(run, plan),
-                stdout=log,
-                stderr=log,
-                stdin=subprocess.DEVNULL,
-                env=_environment(plan),
-                start_new_session=True,
-            )
-        try:
-            with _stop_signals(run, journal, agent):
-                while agent.poll() is None:
-                    offset = _forward(run, offset, on_event)
-                    time.sleep(_POLL_SECONDS)
-        finally:
-            _end(agent)
-        _forward(run, offset, on_event)
-        _conclude(run, plan, journal)
+        return supervisor.train(before_restart)
     finally:
+        if agents is None:
+            supervisor.agents.end()
         journal.close()
 
 
-def _command(run: RunFolder, plan: Plan) -> list[str]:
-    """torchrun on this node, on ports that the system chooses, so that runs side by side never collide."""
-    return [
-        sys.executable,
-        "-m",
-        "foretune.launch.child",
-        f"--nproc-per-node={plan.world_size}",
-        "--nnodes=1",
-        "--rdzv-backend=c10d",
-        "--rdzv-endpoint=127.0.0.1:0",
-        f"--rdzv-id={uuid.uuid4().hex}",
-        "--local-addr=127.0.0.1",
-        "--max-restarts=0",
-        "--monitor-interval=0.1",
-        "-m",
-        "foretune.training.worker",
-        str(run.path),
-    ]
+@dataclass
+class _Supervisor:
+    run: RunFolder
+    plan: Plan
+    config: Config
+    journal: Journal
+    on_event: EventSink
+    replan: Replan
+    faults: Path | None
+    agents: Agents
+    offset: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.offset = self.run.events.stat().st_size
+        self.policy = Policy(self.config.recover, clock=time.monotonic)
+
+    def train(self, before_restart: Callable[[Failure], None]) -> Plan:
+        _fresh(self.run.launch)
+        with ExitStack() as stack:
+            log = stack.enter_context((self.run.logs / "agent.log").open("ab"))
+            persister, memories = self._persister()
+            if persister is not None:
+                stack.callback(_close_all, memories)
+                stack.callback(persister.close)
+            stack.callback(self._end_ranks)
+            stack.enter_context(self._stop_signals())
+            while True:
+                failure = self._launch(log, memories)
+                if persister is not None:
+                    persister.finish()  # a snapshot that outlived its ranks is the newest checkpoint
+                    if persister.error is not None:
+                        raise persister.error
+                self._forward()
+                if failure is None:
+                    self._check_last_checkpoint()
+                    return self.plan
+                self._recover(failure)
+                before_restart(failure)
+
+    def _launch(self, log: Any, memories: list[int]) -> Failure | None:
+        """Start the ranks and wait for their end. None: they finished their training."""
+        run = self.run
+        for path in [*run.launch.glob("outcome-*.json"), *run.launch.glob("heartbeat-*")]:
+            path.unlink()
+        # A crash within a save: its snapshot is not whole. One that is whole has been written by now.
+        _fresh(run.saving)
+        agent = self.agents.living(run.path, log=log, environment=_environment(self.plan))
+        killed = oom_kills()
+        hang: Hang | None = None
+        health = Health(run, ranks=self.plan.world_size, hang_seconds=_seconds(self.config.recover.hang_seconds))
+        agent.launch(ranks=self.plan.world_size, arguments=self._arguments(memories))
+        while (exits := agent.exits()) is None and agent.alive:
+            for event in self._forward():
+                if event["kind"] == EventKind.STEP:
+                    health.took_step(event["seconds"])
+                    self.policy.progressed()
+            if hang is None and (hang := health.hang()) is not None:
+                _kill(health)
+            time.sleep(_POLL_SECONDS)
+        self._forward()
+        phases = {rank: (beat.phase, beat.step) for rank, beat in health.beats().items()}
+        if exits is None:
+            _kill(health)
+            exits = {}
+        return self._conclude(exits, phases, hang, oom_kills() - killed)
+
+    def _conclude(
+        self, exits: dict[int, int], phases: dict[int, tuple[str, int]], hang: Hang | None, oom_kills: int
+    ) -> Failure | None:
+        """What the end of a launch means."""
+        run, plan = self.run, self.plan
+        paths = sorted(run.launch.glob("outcome-*.json"), key=lambda path: path.stat().st_mtime_ns)
+        outcomes = {int(path.stem.removeprefix("outcome-")): Outcome.read(path) for path in paths}
+        statuses = {outcome.status for outcome in outcomes.values()}
+        if len(outcomes) == plan.world_size and statuses == {"done"}:
+            return None
+        for outcome in outcomes.values():
+            if outcome.status == "user_error":
+                raise UserError(outcome.field or "", outcome.value, outcome.problem or "", outcome.mend or "")
+        if len(outcomes) == plan.world_size and statuses == {"preempted"}:
+            raise Preempted(outcomes[0].step or 0)
+        if run.stop_request.exists() and "bug" not in statuses:
+            # The second Ctrl-C, or a failure while stopping: the work since the last checkpoint is gone.
+            raise Preempted((layout.complete_steps(run.checkpoints) or [0])[0])
+        if hang is not None:
+            detail = f"it did not move for {hang.seconds:.0f} s in {hang.phase}: {hang.where}"
+            return Failure(Cause.HANG, detail, rank=hang.rank, step=hang.step, phase=hang.phase)
+        logs = {rank: run.log_of(rank) for rank in range(plan.world_size)}
+        return classify(outcomes, exits, phases=phases, oom_kills=oom_kills, log_of=logs)
+
+    def _recover(self, failure: Failure) -> None:
+        """Do what the policy says, or raise `TrainingStopped`."""
+        self._tell(
+            EventKind.FAULT,
+            cause=str(failure.cause),
+            detail=failure.detail,
+            rank=failure.rank,
+            step=failure.step,
+            phase=failure.phase,
+        )
+        action = self.policy.decide(failure)
+        if action.kind == "replan":
+            plan = self.replan(self.plan)
+            if plan is None:
+                action = Action("stop", "the smallest micro-batch with every layer recomputed does not fit either")
+            else:
+                self.plan = plan
+                plan.write(self.run.plan)
+                text = json.dumps(plan.deepspeed_config, indent=2) + "\n"
+                write_atomically(self.run.deepspeed_config, text)
+        elif action.kind == "pass_over":
+            assert failure.step is not None
+            pass_over(self.run, failure.step)
+        self._tell(EventKind.RECOVERY, action=action.kind, why=action.why, wait_seconds=action.wait_seconds)
+        if action.kind == "stop":
+            steps = layout.complete_steps(self.run.checkpoints)
+            last = str(layout.folder_of(self.run.checkpoints, steps[0])) if steps else None
+            cause = f"{failure.detail}; {action.why}"
+            raise TrainingStopped(cause, rank=failure.rank, step=failure.step, last_checkpoint=last)
+        deadline = time.monotonic() + action.wait_seconds
+        while time.monotonic() < deadline:
+            if self.run.stop_request.exists():
+                raise Preempted((layout.complete_steps(self.run.checkpoints) or [0])[0])
+            time.sleep(_POLL_SECONDS)
+
+    def _check_last_checkpoint(self) -> None:
+        """Training that ended well has its last checkpoint on disk; a full disk may have prevented it."""
+        found = store.newest_complete(self.run.checkpoints)
+        if found is None or found[1].step < self.plan.total_steps:
+            last = str(found[0]) if found else None
+            raise TrainingStopped(
+                "training ended, but its last checkpoint could not be written: free space and run the same command",
+                step=self.plan.total_steps,
+                last_checkpoint=last,
+            )
+
+    def _persister(self) -> tuple[Persister | None, list[int]]:
+        """The memory for snapshots, where it is wanted and host memory has room for it."""
+        size = self.plan.predicted.checkpoint_bytes
+        free = psutil.virtual_memory().available
+        if not self.config.checkpoint.background:
+            return None, []
+        if size > free * _SNAPSHOT_SHARE:
+            message = f"saves are synchronous: a copy of {size:,} bytes has no room in {free:,} free bytes of memory"
+            self._tell(EventKind.NOTE, message=message)
+            return None, []
+        memories = [os.memfd_create(f"foretune-snapshot-{rank}") for rank in range(self.plan.world_size)]
+        persister = Persister(
+            self.run,
+            memories=memories,
+            keep=self.config.checkpoint.keep,
+            keep_every=self.config.checkpoint.keep_every,
+            journal=self.journal,
+            faults=Faults(self.faults, rank=-1),
+        )
+        return persister, memories
+
+    def _arguments(self, memories: list[int]) -> list[str]:
+        arguments = [str(self.run.path)]
+        if memories:
+            arguments += ["--snapshots", f"/proc/{os.getpid()}/fd", *map(str, memories)]
+        if self.faults is not None:
+            arguments += ["--faults", str(self.faults)]
+        return arguments
+
+    def _end_ranks(self) -> None:
+        """However this ends, no rank trains on; a shared agent only loses its ranks."""
+        beats = Health(self.run, ranks=self.plan.world_size, hang_seconds=None)
+        _kill(beats)
+
+    def _forward(self) -> list[dict[str, Any]]:
+        """Hand on the events since the last call, and return them."""
+        events = []
+        for event, self.offset in read_events_from(self.run.events, self.offset):
+            self.on_event(event)
+            events.append(event)
+        return events
+
+    def _tell(self, kind: EventKind, **payload: Any) -> None:
+        self.journal.write(kind, **payload)
+
+    @contextmanager
+    def _stop_signals(self) -> Iterator[None]:
+        """Within this, signals ask the ranks to stop instead of ending this process."""
+        if threading.current_thread() is not threading.main_thread():  # a notebook's thread: Python forbids handlers
+            yield
+            return
+
+        def handle(number: int, _frame: object) -> None:
+            if self.run.stop_request.exists():
+                if number == signal.SIGINT:
+                    self.agents.kill()
+                return
+            name = signal.Signals(number).name
+            self._tell(EventKind.STOP_REQUESTED, reason=name)
+            self.run.stop_request.write_text(name)
+
+        previous = {number: signal.signal(number, handle) for number in _STOP_SIGNALS}
+        try:
+            yield
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+
+def pass_over(run: RunFolder, step: int) -> None:
+    """Decide that the data window of step number `step` (from 0) is never trained on."""
+    write_atomically(run.passed_over, json.dumps(sorted({*passed_over(run), step})) + "\n")
+
+
+def passed_over(run: RunFolder) -> list[int]:
+    """The step numbers whose data is passed over."""
+    return list(json.loads(run.passed_over.read_text())) if run.passed_over.is_file() else []
 
 
 def _environment(plan: Plan) -> dict[str, str]:
@@ -109,88 +322,27 @@ def _environment(plan: Plan) -> dict[str, str]:
     else:
         environment.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
         environment.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what deterministic algorithms need
+        # Asking the driver itself would keep the forked ranks from using the GPU.
+        environment["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
     return environment
 
 
-@contextmanager
-def _stop_signals(run: RunFolder, journal: Journal, agent: subprocess.Popen[bytes]) -> Iterator[None]:
-    """Within this, signals ask the ranks to stop instead of ending this process."""
-    if threading.current_thread() is not threading.main_thread():  # a notebook's worker thread: Python forbids handlers
-        yield
-        return
-
-    def handle(number: int, _frame: object) -> None:
-        if run.stop_request.exists():
-            if number == signal.SIGINT:
-                _signal_group(agent, signal.SIGTERM)
-            return
-        name = signal.Signals(number).name
-        journal.write(EventKind.STOP_REQUESTED, reason=name)
-        run.stop_request.write_text(name)
-
-    previous = {number: signal.signal(number, handle) for number in _STOP_SIGNALS}
-    try:
-        yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+def _kill(health: Health) -> None:
+    """SIGKILL every rank; the agent sees it."""
+    for beat in health.beats().values():
+        with suppress(ProcessLookupError):
+            os.kill(beat.pid, signal.SIGKILL)
 
 
-def _end(agent: subprocess.Popen[bytes]) -> None:
-    """Leave no process behind, however this one came to leave."""
-    if agent.poll() is None:
-        _signal_group(agent, signal.SIGTERM)
-        with suppress(subprocess.TimeoutExpired):
-            agent.wait(_SHUTDOWN_SECONDS)
-    # Ranks die with their agent (PR_SET_PDEATHSIG); the group's SIGKILL is for anything that they started.
-    _signal_group(agent, signal.SIGKILL)
-    agent.wait()
+def _close_all(descriptors: list[int]) -> None:
+    for descriptor in descriptors:
+        os.close(descriptor)
 
 
-def _signal_group(agent: subprocess.Popen[bytes], number: signal.Signals) -> None:
-    with suppress(ProcessLookupError):
-        os.killpg(agent.pid, number)
+def _seconds(value: float | str) -> float | None:
+    return None if isinstance(value, str) else float(value)
 
 
-def _forward(run: RunFolder, offset: int, on_event: EventSink) -> int:
-    """Hand on the events since `offset`; returns the new offset."""
-    for event, next_offset in read_events_from(run.events, offset):
-        on_event(event)
-        offset = next_offset
-    return offset
-
-
-def _conclude(run: RunFolder, plan: Plan, journal: Journal) -> None:
-    """Turn the ranks' outcomes into a return or the one error that tells the cause."""
-    paths = sorted(run.launch.glob("outcome-*.json"), key=lambda path: path.stat().st_mtime_ns)
-    outcomes = {int(path.stem.removeprefix("outcome-")): Outcome.read(path) for path in paths}
-    if len(outcomes) == plan.world_size and all(outcome.status == "done" for outcome in outcomes.values()):
-        return
-    if len(outcomes) == plan.world_size and all(outcome.status == "preempted" for outcome in outcomes.values()):
-        raise Preempted(outcomes[0].step or 0)
-    steps = layout.complete_steps(run.checkpoints)
-    if run.stop_request.exists() and not any(outcome.status in ("bug", "user_error") for outcome in outcomes.values()):
-        raise Preempted(steps[0] if steps else 0)  # the second Ctrl-C: the work since the last checkpoint is gone
-    raise _error_of(
-        run, outcomes, journal, last_checkpoint=str(layout.folder_of(run.checkpoints, steps[0])) if steps else None
-    )
-
-
-def _error_of(
-    run: RunFolder, outcomes: dict[int, Outcome], journal: Journal, *, last_checkpoint: str | None
-) -> ForetuneError:
-    """The first rank that said something else than "my peer is gone" tells the cause."""
-    for outcome in outcomes.values():
-        if outcome.status == "user_error":
-            return UserError(outcome.field or "", outcome.value, outcome.problem or "", outcome.mend or "")
-    failed = {rank: outcome for rank, outcome in outcomes.items() if outcome.status in ("machine_fault", "bug")}
-    telling = {
-        rank: outcome for rank, outcome in failed.items() if not (outcome.cause or "").startswith("communication")
-    }
-    for rank, outcome in {**telling, **failed}.items():
-        journal.write(EventKind.FAULT, cause=outcome.cause, rank=rank, step=outcome.step)
-        cause = f"{outcome.cause} (whole story: {run.log_of(rank)})"
-        return TrainingStopped(cause, rank=rank, step=outcome.step, last_checkpoint=last_checkpoint)
-    cause = f"the ranks ended without a word, killed perhaps (see {run.logs})"
-    journal.write(EventKind.FAULT, cause=cause, rank=None, step=None)
-    return TrainingStopped(cause, last_checkpoint=last_checkpoint)
+def _fresh(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)

@@ -92,6 +92,17 @@ def load_model(
     return model
 
 
+def import_model_class(folder: Path) -> None:
+    """Import what `load_model` will need for this folder, and load nothing. A folder it can't read is left to that."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
+        _ = AutoModelForCausalLM._model_mapping[type(config)]
+    except (OSError, ValueError, KeyError):
+        return
+
+
 def checkpoint_layers(model: Any, count: int) -> None:
     """Let the first `count` decoder layers recompute their activations in backward (Chen et al. 2016).
 

@@ -200,7 +200,9 @@ class _Road:
         with self._stage("train", planned_memory_bytes=plan.predicted.gpu_memory_bytes) as done:
             self._progress_of("train")(f"starting {plural(plan.world_size, 'rank')}")
             began = self.run.events.stat().st_size
-            launch.train(self.run, plan, on_event=self.on_event)
+            launch.train(
+                self.run, plan, self.config, on_event=self.on_event, replan=planning.after_out_of_memory
+            )
             found = store.newest_complete(self.run.checkpoints)
             assert found is not None, "training ended well and left no checkpoint"
             self._compare_with(plan, began)

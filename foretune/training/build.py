@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from foretune.checkpoint import layout
+from foretune.checkpoint.snapshot import seed_everything
 from foretune.data import Loader, open_loader
 from foretune.engine import DeepSpeedEngine, Engine, build_optimizer, partitioned_loading
 from foretune.errors import MachineFault
@@ -18,10 +19,11 @@ from foretune.model.adapters import add_adapters, save_adapter_config
 from foretune.model.compilation import compile_layers
 from foretune.model.loss import attach_loss
 from foretune.training.assignment import Assignment
-from foretune.training.hooks import AccountingHook, CheckpointHook, JournalHook
+from foretune.training.hooks import AccountingHook, JournalHook
 from foretune.training.kernels import CompileHook, apply_attention, may_compile
 from foretune.training.loop import Hook
 from foretune.training.probes import ISOLATION_TOLERANCE, isolation_error, write_reference_logits
+from foretune.training.saving import CheckpointHook
 
 
 def build_engine(assignment: Assignment, device: torch.device) -> tuple[DeepSpeedEngine, Any]:
@@ -63,7 +65,7 @@ def build_engine(assignment: Assignment, device: torch.device) -> tuple[DeepSpee
     if compiling:
         compile_layers(model)
     # Dropout draws from here on: different on every rank, the same on every start.
-    torch.manual_seed(config.train.seed + assignment.rank.rank)
+    seed_everything(config.train.seed + assignment.rank.rank)
     return engine, model
 
 
@@ -103,11 +105,15 @@ def build_hooks(assignment: Assignment, engine: Engine, model: Any, loader: Load
 
     checkpoint = CheckpointHook(
         engine,
-        checkpoints=run.checkpoints,
+        run=run,
         plan=plan,
         fingerprint=assignment.prepared.fingerprint,
-        keep=assignment.config.checkpoint.keep,
+        config=assignment.config.checkpoint,
         journal=assignment.journal,
+        memory=assignment.memory,
+        local_rank=assignment.rank.local_rank,
+        enter=assignment.enter,
+        faults=assignment.faults,
         write_extras=write_extras,
         write_final=lambda folder: write_reference_logits(engine, loader, folder / layout.REFERENCE),
     )

@@ -1,18 +1,13 @@
-"""What happens after a step: the journal, TensorBoard, checkpoints."""
+"""What happens after a step: the journal, TensorBoard, accounts. Checkpoints: `foretune.training.saving`."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from foretune.artifacts import Checkpoint, Plan
-from foretune.checkpoint import layout, store
-from foretune.checkpoint.snapshot import save_random_state
-from foretune.engine import Engine
 from foretune.events import EventKind, Journal
 from foretune.training.loop import StepReport
 from foretune.training.state import TrainState
@@ -64,76 +59,6 @@ class AccountingHook:
         for phase, seconds in report.seconds_by_phase.items():
             totals[phase] = totals.get(phase, 0.0) + seconds
         state.seconds_by_phase = totals
-
-
-class CheckpointHook:
-    """Saves every so many steps, at the last one, and when training was asked to stop. Runs on every rank."""
-
-    def __init__(
-        self,
-        engine: Engine,
-        *,
-        checkpoints: Path,
-        plan: Plan,
-        fingerprint: str,
-        keep: int,
-        journal: Journal | None,
-        write_extras: Callable[[Path], None] = lambda folder: None,
-        write_final: Callable[[Path], None] = lambda folder: None,
-    ) -> None:
-        """`write_extras` adds files to every checkpoint, `write_final` to those that end a training; on every rank."""
-        self._engine, self._checkpoints, self._plan = engine, checkpoints, plan
-        self._fingerprint, self._keep, self._journal = fingerprint, keep, journal
-        self._write_extras, self._write_final = write_extras, write_final
-
-    def after_step(self, report: StepReport, state: TrainState) -> None:
-        last = report.step >= self._plan.total_steps
-        if last or report.stop or report.step % self._plan.checkpoint_every == 0:
-            self.save(state, final=last or report.stop)
-
-    def save(self, state: TrainState, *, final: bool) -> None:
-        """Stage, let every rank write, commit on rank 0, prune."""
-        start = time.perf_counter()
-        engine = self._engine
-        partial = layout.partial_folder_of(self._checkpoints, state.step)
-        if engine.rank == 0:
-            store.prepare_partial(self._checkpoints, state.step)
-        engine.barrier()
-        engine.save(partial)
-        save_random_state(partial / layout.rank_file(engine.rank))
-        self._write_extras(partial)
-        if final:
-            self._write_final(partial)
-        engine.barrier()
-        if engine.rank == 0:
-            self._commit(partial, state, start)
-        engine.barrier()
-        phases = dict(state.seconds_by_phase or {})
-        phases["checkpoint"] = phases.get("checkpoint", 0.0) + time.perf_counter() - start
-        state.seconds_by_phase = phases
-
-    def _commit(self, partial: Path, state: TrainState, start: float) -> None:
-        manifest = Checkpoint(
-            step=state.step,
-            world_size=self._engine.world_size,
-            zero_stage=self._plan.zero_stage,
-            precision=self._plan.precision,
-            method=self._plan.method,
-            fingerprint=self._fingerprint,
-            train_state=state.state_dict(),
-            files={},
-        )
-        folder = store.commit(partial, manifest)
-        store.prune(self._checkpoints, keep=self._keep)
-        if self._journal is not None:
-            size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-            self._journal.write(
-                EventKind.CHECKPOINT_SAVED,
-                step=state.step,
-                path=str(folder),
-                seconds=round(time.perf_counter() - start, 3),
-                bytes=size,
-            )
 
 
 def peak_memory_bytes(device: torch.device) -> int:

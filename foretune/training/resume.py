@@ -38,7 +38,8 @@ def resume(assignment: Assignment, engine: Engine) -> tuple[TrainState, str | No
     manifest = Checkpoint.read(folder / layout.MANIFEST)
     _check_same_run(manifest, assignment)
     engine.load(folder)
-    load_random_state(folder / layout.rank_file(assignment.rank.rank))
+    if not assignment.faults.is_broken("random_state"):
+        load_random_state(folder / layout.rank_file(assignment.rank.rank))
     state.load_state_dict(manifest.train_state)
     return state, folder.name
 

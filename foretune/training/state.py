@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 
@@ -15,6 +15,8 @@ class TrainState:
         tokens: tokens of all documents trained on (padding not counted).
         target_tokens: those of them that were targets.
         skipped_steps: steps whose update was not applied (fp16 overflow).
+        passed_over_steps: steps whose data went wrong and was not trained on.
+        recent_losses: of the last steps, newest last; what the next loss is compared with.
         seconds: wall time inside the loop.
         seconds_by_phase: where it went.
     """
@@ -23,6 +25,8 @@ class TrainState:
     tokens: int = 0
     target_tokens: int = 0
     skipped_steps: int = 0
+    passed_over_steps: int = 0
+    recent_losses: list[float] = field(default_factory=list)
     seconds: float = 0.0
     seconds_by_phase: dict[str, float] | None = None
 
@@ -32,8 +36,8 @@ class TrainState:
 
     def load_state_dict(self, values: dict[str, Any]) -> None:
         """Restore what `state_dict` gave."""
-        for field in fields(self):
-            setattr(self, field.name, values[field.name])
+        for one in fields(self):
+            setattr(self, one.name, values[one.name])
 
     def breakdown(self) -> dict[str, float]:
         """Seconds by phase, with what no phase accounts for as "other". Checkpoints are written between the steps."""

@@ -1,10 +1,10 @@
 """A rank's main: builds everything in order, then calls the loop.
 
-    python -m foretune.training.worker RUN
+    python -m foretune.training.worker RUN [--snapshots FOLDER NUMBER ...] [--faults FILE]
 
 plan, config, data ─▶ process group ─▶ engine ─▶ loader ─▶ resume ─▶ hooks ─▶ loop ─▶ outcome file
 
-It decides nothing: what is to be done stands in RUN/config.yaml and RUN/plan.json. It reports by writing
+A warm spare forks it (`foretune.training.spare`), or torchrun starts it. It decides nothing: what is to be done stands in RUN/config.yaml and RUN/plan.json. It reports by writing
 RUN/launch/outcome-00000.json and exits 0 when it did what it was asked (finished, or stopped as asked); any other exit
 makes torchrun's agent end the other ranks.
 """
@@ -12,7 +12,10 @@ makes torchrun's agent end the other ranks.
 from __future__ import annotations
 
 import argparse
+import faulthandler
+import json
 import os
+import signal
 import sys
 import time
 import traceback
@@ -24,27 +27,32 @@ from foretune.config import load_config
 from foretune.distributed import RankInfo, die_with_parent, rank_info
 from foretune.errors import MachineFault, UserError
 from foretune.events import EventKind, Journal
+from foretune.faults import Faults
+from foretune.heartbeat import Heartbeat
 from foretune.logger import configure
 from foretune.training.assignment import Assignment
 
 
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
     """Run one rank to its end; returns the exit code."""
     die_with_parent()
     parser = argparse.ArgumentParser(prog="foretune.training.worker")
-    # Positional: torchrun's own parser takes any option that abbreviates one of its own, even behind the module's name.
     parser.add_argument("run", type=Path)
-    run = RunFolder(parser.parse_args().run)
+    parser.add_argument("--snapshots", nargs="+", metavar="FOLDER NUMBER", help="the memory of each local rank")
+    parser.add_argument("--faults", type=Path)
+    options = parser.parse_args(arguments)
+    run = RunFolder(options.run)
     rank = rank_info()
     _write_log_to(run.log_of(rank.rank))
     configure(prefix=f"[rank {rank.rank}] ")
+    heartbeat = _start_heart(run, rank)
     try:
-        outcome = _train(run, rank)
+        outcome = _train(run, rank, heartbeat, options)
     except UserError as error:
         outcome = Outcome.of_user_error(error)
     except MachineFault as error:
         traceback.print_exc()
-        outcome = Outcome(status="machine_fault", cause=error.cause, step=error.step)
+        outcome = Outcome(status="machine_fault", cause=error.cause, step=error.step, kind=error.kind)
     except Exception as error:
         traceback.print_exc()
         outcome = Outcome(status="bug", cause=f"{type(error).__name__}: {error}", traceback=traceback.format_exc())
@@ -52,27 +60,50 @@ def main() -> int:
     return 0 if outcome.status in ("done", "preempted") else 1
 
 
-def _train(run: RunFolder, rank: RankInfo) -> Outcome:
+def _start_heart(run: RunFolder, rank: RankInfo) -> Heartbeat:
+    """Beat for the first time, and be ready to dump the stack when the supervisor asks where this rank hangs."""
+    run.launch.mkdir(parents=True, exist_ok=True)
+    heartbeat = Heartbeat(run.heartbeat_of(rank.rank))
+    heartbeat.beat("start", 0)
+    stack = run.stack_of(rank.rank).open("a")
+    faulthandler.register(signal.SIGUSR2, file=stack, all_threads=True)
+    return heartbeat
+
+
+def _train(run: RunFolder, rank: RankInfo, heartbeat: Heartbeat, options: argparse.Namespace) -> Outcome:
     # Imported here: what is wrong with the arguments or the artifacts is said without waiting for torch.
+    from foretune.checkpoint.snapshot import MemoryWriter
     from foretune.engine import close_group, open_group
     from foretune.training import build
     from foretune.training.loop import train
+    from foretune.training.injection import FaultyEngine
     from foretune.training.resume import resume
     from foretune.training.schedule import learning_rate
 
+    plan = Plan.read(run.plan)
+    memory = None
+    if options.snapshots is not None:
+        folder, *numbers = options.snapshots
+        size = plan.predicted.checkpoint_bytes // rank.local_world_size
+        memory = MemoryWriter(Path(folder) / numbers[rank.local_rank], expected_bytes=size)
     assignment = Assignment(
         run=run,
         config=load_config(run.config),
-        plan=Plan.read(run.plan),
+        plan=plan,
         prepared=PreparedDataset.read(run.data / PreparedDataset.file_name),
         rank=rank,
         journal=Journal(run.events) if rank.is_main else None,
+        heartbeat=heartbeat,
+        faults=Faults(options.faults, rank=rank.rank),
+        memory=memory,
+        passed_over=frozenset(json.loads(run.passed_over.read_text()) if run.passed_over.is_file() else ()),
     )
-    plan = assignment.plan
     device = open_group(rank, deterministic=assignment.config.train.deterministic)
     engine, model = build.build_engine(assignment, device)
     loader = build.build_loader(assignment, engine)
     state, resumed_from = resume(assignment, engine)
+    if assignment.faults.armed:
+        FaultyEngine.arm(engine, assignment.faults, state)
     hooks = build.build_hooks(assignment, engine, model, loader)
     assignment.tell(
         EventKind.TRAINING_STARTED,
@@ -96,8 +127,12 @@ def _train(run: RunFolder, rank: RankInfo) -> Outcome:
         ),
         hooks=hooks,
         stop_requested=lambda: rank.is_main and run.stop_request.exists(),
+        enter=assignment.enter,
+        passed_over=assignment.passed_over,
+        spike=assignment.config.recover.loss_spike,
         skips_overflow=plan.precision == "fp16",
     )
+    heartbeat.beat("end", state.step)
     breakdown = state.breakdown()
     assignment.tell(EventKind.BREAKDOWN, seconds_by_phase=breakdown)
     assignment.tell(

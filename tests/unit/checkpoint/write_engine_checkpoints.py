@@ -96,6 +96,7 @@ def write_case(name: str, folder: Path, device: Any) -> None:
     from transformers import AutoModelForCausalLM
 
     from foretune.checkpoint import layout
+    from foretune.checkpoint.snapshot import FolderWriter
     from foretune.config.schema import LoraConfig, TrainConfig
     from foretune.engine import DeepSpeedEngine, build_optimizer, partitioned_loading
     from foretune.model.adapters import add_adapters, save_adapter_config
@@ -126,7 +127,7 @@ def write_case(name: str, folder: Path, device: Any) -> None:
         engine.backward(engine(input_ids=rows, labels=rows, use_cache=False).loss)
         engine.step(1e-2)
     partial = layout.partial_folder_of(folder / "checkpoints", STEP)
-    engine.save(partial)
+    engine.save(FolderWriter(partial))
     if case.method == "lora" and rank == 0:
         save_adapter_config(model, partial)
     write_reference(engine, partial)

@@ -1,0 +1,53 @@
+"""Another plan after the device's memory did not do: the same mathematics, less memory at a time.
+
+smaller micro-batches, more of them ──still too much──▶ more layers recompute ──▶ None: there is nothing left to give
+"""
+
+from __future__ import annotations
+
+from math import ceil
+from pathlib import Path
+from typing import Any
+
+from foretune.artifacts import Decision, Plan
+from foretune.model.shape import read_shape
+from foretune.planning.shapes import known_shape
+
+
+def after_out_of_memory(plan: Plan) -> Plan | None:
+    """Half the micro-batch at the same global batch; at one row, every layer recomputed; then None.
+
+    The update stays the same up to floating-point order. Predictions stay those of the first plan.
+    """
+    if plan.micro_batch_size_per_gpu > 1:
+        micro = plan.micro_batch_size_per_gpu // 2
+        steps = ceil(plan.global_batch_size / (plan.world_size * micro))
+        reason = f"the device ran out of memory with {plan.micro_batch_size_per_gpu} rows; the global batch is the same"
+        return _changed(
+            plan,
+            Decision(field="plan.micro_batch_size_per_gpu", value=micro, reason=reason),
+            micro_batch_size_per_gpu=micro,
+            gradient_accumulation_steps=steps,
+            deepspeed_config={
+                **plan.deepspeed_config,
+                "train_micro_batch_size_per_gpu": micro,
+                "gradient_accumulation_steps": steps,
+                "train_batch_size": micro * steps * plan.world_size,
+            },
+        )
+    layers = _layers(plan.model)
+    if plan.checkpointed_layers < layers:
+        reason = f"the device ran out of memory with {plan.checkpointed_layers} of {layers} layers recomputed"
+        decision = Decision(field="plan.checkpointed_layers", value=layers, reason=reason)
+        return _changed(plan, decision, checkpointed_layers=layers)
+    return None
+
+
+def _layers(model: str) -> int:
+    shape = known_shape(model) if not Path(model).exists() else None
+    return (shape or read_shape(model)).layers
+
+
+def _changed(plan: Plan, decision: Decision, **changes: Any) -> Plan:
+    kept = [one for one in plan.decisions if one.field != decision.field]
+    return plan.model_copy(update={**changes, "decisions": [*kept, decision]})

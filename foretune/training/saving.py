@@ -1,0 +1,135 @@
+"""Saving: when, and how a rank hands its state over.
+
+with memory   engine ─▶ `MemoryWriter` ─▶ index of each rank ─▶ barrier ─▶ ready.json ─▶ the supervisor writes; we go on
+without       engine ─▶ `FolderWriter` ─▶ barrier ─▶ rank 0 commits
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from foretune.artifacts import Checkpoint, Plan, RunFolder, write_atomically
+from foretune.checkpoint import layout, store
+from foretune.checkpoint.snapshot import FolderWriter, MemoryWriter, random_state
+from foretune.config.schema import CheckpointConfig
+from foretune.engine import Engine
+from foretune.events import EventKind, Journal
+from foretune.faults import NO_FAULTS, Faults
+from foretune.training.loop import StepReport
+from foretune.training.state import TrainState
+
+_POLL_SECONDS = 0.005
+
+
+class CheckpointHook:
+    """Saves every so many steps, at the last one, and when training was asked to stop. Runs on every rank."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        run: RunFolder,
+        plan: Plan,
+        fingerprint: str,
+        config: CheckpointConfig,
+        journal: Journal | None,
+        memory: MemoryWriter | None = None,
+        local_rank: int = 0,
+        enter: Callable[[str, int], None] = lambda phase, step: None,
+        faults: Faults = NO_FAULTS,
+        write_extras: Callable[[Path], None] = lambda folder: None,
+        write_final: Callable[[Path], None] = lambda folder: None,
+    ) -> None:
+        """`write_extras` adds files to every checkpoint, `write_final` to those that end a training; on every rank."""
+        self._engine, self._run, self._plan, self._config = engine, run, plan, config
+        self._fingerprint, self._journal = fingerprint, journal
+        self._memory, self._local_rank = memory, local_rank
+        self._enter, self._faults = enter, faults
+        self._write_extras, self._write_final = write_extras, write_final
+
+    def after_step(self, report: StepReport, state: TrainState) -> None:
+        last = state.step >= self._plan.total_steps
+        if last or report.stop or report.step % self._plan.checkpoint_every == 0:
+            self._enter("save", state.step)
+            self.save(state, final=last or report.stop)
+
+    def save(self, state: TrainState, *, final: bool) -> None:
+        """Hand everything over; on return training may go on."""
+        start = time.perf_counter()
+        if self._memory is not None:
+            self._into_memory(self._memory, state, final=final, start=start)
+        else:
+            self._onto_disk(state, final=final, start=start)
+        phases = dict(state.seconds_by_phase or {})
+        phases["checkpoint"] = phases.get("checkpoint", 0.0) + time.perf_counter() - start
+        state.seconds_by_phase = phases
+        self._faults.fire("saved", state.step)
+
+    def _into_memory(self, memory: MemoryWriter, state: TrainState, *, final: bool, start: float) -> None:
+        engine, saving = self._engine, self._run.saving
+        ready = saving / layout.READY
+        if engine.rank == 0:
+            while ready.exists():  # the last snapshot is still being written: the disk is slower than the saves
+                time.sleep(_POLL_SECONDS)
+            (saving / layout.EXTRAS).mkdir(exist_ok=True)
+        engine.barrier()
+        memory.begin()
+        engine.save(memory)
+        self._faults.fire("save", state.step)
+        memory(layout.rank_file(engine.rank), random_state())
+        self._write_extras(saving / layout.EXTRAS)
+        if final:
+            self._write_final(saving / layout.EXTRAS)
+        index = {"local_rank": self._local_rank, "blobs": memory.take()}
+        (saving / f"rank-{engine.rank:05d}.json").write_text(json.dumps(index))
+        engine.barrier()
+        if engine.rank == 0:
+            values = {
+                "manifest": self._manifest(state).model_dump(mode="json"),
+                "blocked_seconds": round(time.perf_counter() - start, 4),
+            }
+            write_atomically(ready, json.dumps(values))
+
+    def _onto_disk(self, state: TrainState, *, final: bool, start: float) -> None:
+        engine, checkpoints = self._engine, self._run.checkpoints
+        partial = layout.partial_folder_of(checkpoints, state.step)
+        if engine.rank == 0:
+            store.prepare_partial(checkpoints, state.step)
+        engine.barrier()
+        write = FolderWriter(partial)
+        engine.save(write)
+        self._faults.fire("save", state.step)
+        write(layout.rank_file(engine.rank), random_state())
+        self._write_extras(partial)
+        if final:
+            self._write_final(partial)
+        engine.barrier()
+        if engine.rank == 0:
+            folder = store.commit(partial, self._manifest(state))
+            store.prune(checkpoints, keep=self._config.keep, keep_every=self._config.keep_every)
+            seconds = round(time.perf_counter() - start, 3)
+            if self._journal is not None:
+                self._journal.write(
+                    EventKind.CHECKPOINT_SAVED,
+                    step=state.step,
+                    path=str(folder),
+                    seconds=seconds,
+                    blocked_seconds=seconds,
+                    bytes=sum(file.bytes for file in store.files_of(folder).values()),
+                )
+        engine.barrier()
+
+    def _manifest(self, state: TrainState) -> Checkpoint:
+        return Checkpoint(
+            step=state.step,
+            world_size=self._engine.world_size,
+            zero_stage=self._plan.zero_stage,
+            precision=self._plan.precision,
+            method=self._plan.method,
+            fingerprint=self._fingerprint,
+            train_state=state.state_dict(),
+            files={},
+        )
