@@ -51,6 +51,7 @@ class Encoder:
     def __init__(self, tokenizer: Any, template: ChatTemplate, recipe: Recipe) -> None:
         self.tokenizer, self.template, self.recipe = tokenizer, template, recipe
         self._eos = int(tokenizer.eos_token_id)
+        self._backend = self._bare_backend()
         self._cuts_freely = self._joins_cleanly()
         self._has_offsets = bool(tokenizer.is_fast)
         self._anchor = self._ids(["\n"])[0]
@@ -92,8 +93,23 @@ class Encoder:
     def _ids(self, texts: list[str]) -> list[list[int]]:
         if not texts:
             return []
+        if self._backend is not None:
+            return [encoding.ids for encoding in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
         encoded: list[list[int]] = self.tokenizer(texts, add_special_tokens=False, verbose=False).input_ids
         return encoded
+
+    def _bare_backend(self) -> Any:
+        """The Rust tokenizer itself, which need not track where tokens stand in the text; None if it gives other ids.
+
+        The wrapper is asked first: it sets truncation, padding and the handling of special tokens.
+        """
+        backend = getattr(self.tokenizer, "backend_tokenizer", None) if self.tokenizer.is_fast else None
+        if backend is None or not hasattr(backend, "encode_batch_fast"):
+            return None
+        sample = [" Hello,  world\n", f"a{self.tokenizer.eos_token}b", "数 12345 é"]
+        expected = self.tokenizer(sample, add_special_tokens=False, verbose=False).input_ids
+        found = [encoding.ids for encoding in backend.encode_batch_fast(sample, add_special_tokens=False)]
+        return backend if found == expected else None
 
     def _joins_cleanly(self) -> bool:
         """Whether pieces may be tokenised apart: not if a tokenizer puts a space before each text (SentencePiece)."""

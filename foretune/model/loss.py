@@ -202,7 +202,10 @@ def attach_loss(model: Any, *, chunk_tokens: int, fused: bool = False) -> None:
             wide = torch.promote_types(chosen.dtype, torch.float32)
             return F.cross_entropy(chosen.to(wide), labels[index], reduction="sum")
         hidden = core.get_decoder()(input_ids=input_ids, use_cache=False, **inputs).last_hidden_state
-        return head(hidden.reshape(-1, hidden.shape[-1])[index], labels[index])
+        rows = hidden.reshape(-1, hidden.shape[-1])
+        if len(index) < len(rows):  # else every token is a target
+            rows, labels = rows.index_select(0, index), labels.index_select(0, index)
+        return head(rows, labels)
 
     model.forward = MethodType(forward, model)
 

@@ -11,10 +11,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from foretune.config.schema import TrainConfig
 from foretune.distributed import rank_info
-from foretune.engine import DeepSpeedEngine, build_optimizer, close_group, open_group
+from foretune.engine import DeepSpeedEngine, build_optimizer, close_group, deepspeed_engine, open_group
 from foretune.engine.shortcuts import apply_shortcuts
 
 STEPS = 4
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 class CountReads(TorchDispatchMode):
@@ -48,17 +49,18 @@ def config_of(stage: int, precision: str, max_grad_norm: float, *, shortcuts: bo
 def run(stage: int, precision: str, optimizer_name: str, *, max_grad_norm: float, shortcuts: bool) -> dict[str, Any]:
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(16, 32), torch.nn.GELU(), torch.nn.Linear(32, 4))
-    model = model.to(torch.bfloat16 if precision == "bf16" else torch.float32)
+    model = model.to(DEVICE, torch.bfloat16 if precision == "bf16" else torch.float32)
     train = TrainConfig(optimizer=optimizer_name, weight_decay=0.1)
     optimizer = build_optimizer(model.parameters(), train, learning_rate=1e-2)
     config = config_of(stage, precision, max_grad_norm, shortcuts=shortcuts)
-    engine = DeepSpeedEngine(model, optimizer, config, device=torch.device("cpu"))
+    deepspeed_engine.apply_shortcuts = lambda *_: False  # on a GPU the engine applies them by itself
+    engine = DeepSpeedEngine(model, optimizer, config, device=DEVICE)
     if shortcuts:
         assert apply_shortcuts(engine._engine.optimizer, optimizer)
     norms, applied, reads = [], [], []
     for step in range(STEPS):
         for _ in range(2):
-            x = torch.randn(8, 16, dtype=next(model.parameters()).dtype)
+            x = torch.randn(8, 16).to(DEVICE, next(model.parameters()).dtype)
             loss = engine(input=x).float().square().sum() * 10
             if step == STEPS - 2:
                 loss = loss * float("nan")
