@@ -17,6 +17,7 @@ from foretune.events import EventKind
 from foretune.model import loading
 from foretune.model.adapters import add_adapters, save_adapter_config
 from foretune.model.compilation import compile_layers
+from foretune.model.lora import fuse_adapters
 from foretune.model.loss import attach_loss
 from foretune.training.assignment import Assignment
 from foretune.training.hooks import AccountingHook, JournalHook
@@ -52,6 +53,8 @@ def build_engine(assignment: Assignment, device: torch.device) -> tuple[DeepSpee
     loading.checkpoint_layers(model, plan.checkpointed_layers)
     apply_attention(assignment, model, device)
     compiling = may_compile(assignment, device)
+    if plan.method == "lora" and plan.zero_stage < 3 and not compiling:
+        fuse_adapters(model)
     attach_loss(model, chunk_tokens=plan.loss_chunk_tokens, fused=compiling)
     if plan.zero_stage < 3:
         model.to(device)
