@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
+import types
 from datetime import timedelta
 
 import torch
@@ -25,6 +27,7 @@ def open_group(rank: RankInfo, *, deterministic: bool = False) -> torch.device:
     torch.use_deterministic_algorithms(deterministic)
 
     _without_compiler()
+    _without_muon()
     if torch.cuda.is_available():
         device = torch.device("cuda", rank.local_rank)
         torch.cuda.set_device(device)
@@ -36,6 +39,11 @@ def open_group(rank: RankInfo, *, deterministic: bool = False) -> torch.device:
         )
     deepspeed.init_distributed(verbose=False, timeout=COLLECTIVE_TIMEOUT)
     return device
+
+
+def import_ahead() -> None:
+    """Import what ``deepspeed.initialize`` otherwise imports itself (1.5 s)."""
+    import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
 
 
 def _free_port() -> int:
@@ -59,3 +67,15 @@ def _without_compiler() -> None:
     import deepspeed.ops
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def _without_muon() -> None:
+    """Keep `deepspeed.initialize` from importing an optimizer that is not used, and torch's compiler with it.
+
+    DeepSpeed only asks whether the optimizer is a ``MuonWithAuxAdam``; none is, so a class of that name will do.
+    """
+    name = "deepspeed.runtime.zero.muon.muon_optimizer"
+    if name not in sys.modules:
+        stub = types.ModuleType(name)
+        stub.MuonWithAuxAdam = type("MuonWithAuxAdam", (), {})  # type: ignore[attr-defined]
+        sys.modules[name] = stub

@@ -1,0 +1,146 @@
+"""From the command to the end of the first step: ours against a bare torchrun script that does the same.
+
+    python bench/startup.py --model tests/models/stories260K --data ROWS.jsonl [--repeats 3] [--ranks 2]
+
+Both: the same tiny model, ZeRO-1 by DeepSpeed, the same prepared rows, CPU ranks. The script has the model, the engine
+and the first batch in one file, without a plan, a journal, a probe or a checkpoint. Contenders alternate, so that what
+else the machine does meets both; the median counts. Where ours spends the time is read from its journal and from
+``-X importtime`` of one rank's imports.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from measuring import machine, save_result
+
+LENGTH, ROWS = 128, 8
+
+
+def bare(folder: Path, model_folder: Path) -> None:
+    """One rank of the script: model, engine, one step; rank 0 writes when it was done."""
+    import deepspeed
+    import deepspeed.ops
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from foretune.data import open_loader
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # would be compiled for 36 s
+    deepspeed.init_distributed(verbose=False)
+    rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    config = {"train_micro_batch_size_per_gpu": ROWS // world_size, "gradient_accumulation_steps": 1,
+              "zero_optimization": {"stage": 1}, "zero_allow_untested_optimizer": True}  # fmt: skip
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+    loader = open_loader(folder / "data", seed=0, global_batch_size=ROWS, rank=rank, world_size=world_size,
+                         micro_batch_size=ROWS // world_size)  # fmt: skip
+    for micro in loader.step(0).micro_batches:
+        ids, labels, positions = (
+            torch.from_numpy(a) for a in (micro.input_ids, micro.shift_labels, micro.position_ids)
+        )
+        logits = engine(input_ids=ids, position_ids=positions, use_cache=False).logits
+        engine.backward(torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten()))
+    engine.step()
+    if rank == 0:
+        (folder / "bare-done").write_text(str(time.time()))
+    torch.distributed.destroy_process_group()
+
+
+def time_bare(folder: Path, model: Path, ranks: int) -> float:
+    """Seconds from the command to the end of the script's step."""
+    command = [
+        sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={ranks}", "--rdzv-backend=c10d",
+        "--rdzv-endpoint=127.0.0.1:0", "--local-addr=127.0.0.1", __file__, "--bare", str(folder), str(model),
+    ]  # fmt: skip
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "HF_HUB_OFFLINE": "1"}
+    start = time.time()
+    subprocess.run(command, check=True, env=environment, capture_output=True)
+    return float((folder / "bare-done").read_text()) - start
+
+
+def time_ours(folder: Path, model: Path, data: Path, ranks: int) -> tuple[float, dict[str, float]]:
+    """Seconds from the command to the first step in the journal, and when each event came."""
+    out = folder / "run"
+    for name in ("checkpoints", "launch", "events.jsonl", "plan.json"):
+        path = out / name
+        shutil.rmtree(path, ignore_errors=True)
+        path.unlink(missing_ok=True) if not path.is_dir() else None
+    command = [sys.executable, "-m", "foretune", "train", *ours(model, data, out, ranks)]
+    start = time.time()
+    subprocess.run(command, check=True, capture_output=True)
+    events = [json.loads(line) for line in (out / "events.jsonl").read_text().splitlines()]
+    came: dict[str, float] = {}
+    for event in events:
+        if event["time"] >= start:
+            came.setdefault(event["kind"], round(event["time"] - start, 3))
+    return came["step"], came
+
+
+def ours(model: Path, data: Path, out: Path, ranks: int) -> list[str]:
+    """Arguments of ours, for `prepare` and `train` alike."""
+    sets = [f"train.max_length={LENGTH}", f"train.global_batch_size={ROWS}", "train.max_steps=1", "plan.zero_stage=1",
+            "evaluate.validation=0", f"plan.micro_batch_size_per_gpu={ROWS // ranks}"]  # fmt: skip
+    return ["--model", str(model), "--data", str(data), "--out", str(out), "--nproc", str(ranks), "--quiet",
+            *(part for one in sets for part in ("--set", one))]  # fmt: skip
+
+
+def import_times(top: int = 12) -> list[str]:
+    """The slowest imports of a rank, as CPython counts them: cumulative seconds and module."""
+    code = "import foretune.training.build, foretune.training.loop, foretune.training.resume"
+    done = subprocess.run([sys.executable, "-X", "importtime", "-c", code], capture_output=True, text=True)
+    found = []
+    for line in done.stderr.splitlines():
+        if line.startswith("import time:") and "|" in line and "cumulative" not in line:
+            _, cumulative, name = line.removeprefix("import time:").split("|")
+            found.append((int(cumulative) / 1e6, name.strip()))
+    found.sort(reverse=True)
+    return [f"{seconds:6.2f} s {name}" for seconds, name in found[:top]]
+
+
+def main() -> None:
+    """Alternate the contenders and print medians."""
+    if sys.argv[1] == "--bare":
+        bare(Path(sys.argv[2]), Path(sys.argv[3]))
+        sys.stdout.flush()
+        os._exit(0)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--ranks", type=int, default=2)
+    asked = parser.parse_args()
+    times: dict[str, list[float]] = {"bare": [], "foretune": []}
+    came: dict[str, float] = {}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        subprocess.run(
+            [sys.executable, "-m", "foretune", "train", *ours(asked.model, asked.data, folder / "run", asked.ranks)],
+            check=True, capture_output=True,
+        )  # fmt: skip
+        (folder / "data").symlink_to(folder / "run" / "data")
+        for _ in range(asked.repeats):
+            times["bare"].append(time_bare(folder, asked.model, asked.ranks))
+            seconds, came = time_ours(folder, asked.model, asked.data, asked.ranks)
+            times["foretune"].append(seconds)
+            print({name: round(values[-1], 2) for name, values in times.items()}, came, flush=True)
+    medians = {name: statistics.median(values) for name, values in times.items()}
+    difference = medians["foretune"] - medians["bare"]
+    slowest = import_times()
+    print(medians, f"difference {difference:.2f} s", *slowest, sep="\n")
+    save_result("startup", {"machine": machine(), "ranks": asked.ranks, "seconds": times, "medians": medians,
+                            "difference": difference, "events": came, "slowest_imports": slowest})  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
