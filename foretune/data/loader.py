@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from foretune.artifacts import IGNORE_INDEX, PreparedDataset
 from foretune.data.packing import Ints, PackIndex
+from foretune.errors import MachineFault
 
 #: Rows that are not packed are padded to a multiple of this: fewer shapes, and what matrix units like.
 _PAD_TO = 8
@@ -203,8 +204,18 @@ class Loader:
         return MicroBatch(input_ids, shift_labels, position_ids, document_ids)
 
     def _read(self, piece: int) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+        """Tokens and labels of a piece.
+
+        Raises:
+            MachineFault: it can't be read; the document is named.
+        """
         index = self._index
-        return self._store.read(int(index.documents[piece]), int(index.starts[piece]), int(index.stops[piece]))
+        document = int(index.documents[piece])
+        try:
+            return self._store.read(document, int(index.starts[piece]), int(index.stops[piece]))
+        except (OSError, ValueError, IndexError, KeyError) as error:
+            text = f"document {document} of the prepared data can't be read: {error}"
+            raise MachineFault(text, kind="data") from error
 
 
 def open_loader(

@@ -25,6 +25,7 @@ from foretune.artifacts import IGNORE_INDEX
 from foretune.data.chat_template import ChatTemplate, Rendered, choose_template, load_tokenizer
 from foretune.data.formats import Conversation, Dropped, Text, normalise
 from foretune.data.sources import Kind
+from foretune.data.words import WordIds
 from foretune.errors import UserError
 
 #: Below this many bytes of rows per process, starting one costs more than it saves.
@@ -52,6 +53,7 @@ class Encoder:
         self.tokenizer, self.template, self.recipe = tokenizer, template, recipe
         self._eos = int(tokenizer.eos_token_id)
         self._backend = self._bare_backend()
+        self._words = WordIds.of(self._backend) if self._backend is not None else None
         self._cuts_freely = self._joins_cleanly()
         self._has_offsets = bool(tokenizer.is_fast)
         self._anchor = self._ids(["\n"])[0]
@@ -91,6 +93,16 @@ class Encoder:
             raise UserError("model", self.recipe.model, problem, mend)
 
     def _ids(self, texts: list[str]) -> list[list[int]]:
+        if not texts:
+            return []
+        if self._words is not None:
+            slow = [i for i, text in enumerate(texts) if not text.isascii()]
+            rest = dict(zip(slow, self._whole([texts[i] for i in slow]), strict=True))
+            encode = self._words.encode
+            return [rest[i] if i in rest else encode(text) for i, text in enumerate(texts)]
+        return self._whole(texts)
+
+    def _whole(self, texts: list[str]) -> list[list[int]]:
         if not texts:
             return []
         if self._backend is not None:
