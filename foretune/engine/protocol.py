@@ -67,5 +67,5 @@ class Engine(Protocol):
         ...
 
     def load(self, folder: Path) -> None:
-        """Read from `folder` what `save` gave with the same world size. The caller has verified the files (they are pickles)."""
+        """Read what `save` gave, with the same world size. The caller has verified the files (they are pickles)."""
         ...

@@ -32,7 +32,9 @@ def apply_shortcuts(zero_optimizer: Any, optimizer: torch.optim.Optimizer) -> bo
         return False
     if type(zero_optimizer) is BF16_Optimizer:
         zero_optimizer._update_hp_grad = _Accumulate(zero_optimizer)
-        _clip_in_adam(zero_optimizer, optimizer, loss_scale=lambda: 1.0)
+        if _clip_in_adam(zero_optimizer, optimizer, loss_scale=lambda: 1.0):
+            gradients = zero_optimizer.get_grads_for_norm
+            zero_optimizer.get_grads_for_norm = lambda for_clipping=False: [] if for_clipping else gradients()
         return True
     if type(zero_optimizer) is not DeepSpeedZeroOptimizer:
         return False
@@ -58,9 +60,10 @@ def _clip_in_adam(zero_optimizer: Any, optimizer: torch.optim.Optimizer, *, loss
     is_adam = isinstance(optimizer, torch.optim.Adam)  # AdamW is one
     if not is_adam or not all(group.get("fused") for group in optimizer.param_groups):
         return False
-    max_norm, zero_optimizer.clip_grad = float(zero_optimizer.clip_grad), 0.0
 
     def set_factor(*_: Any) -> None:
+        # Read at every step and never changed: DeepSpeed writes it into checkpoints, which others may load.
+        max_norm = float(zero_optimizer.clip_grad)
         norm = zero_optimizer._global_grad_norm  # of the unscaled gradients, a tensor on the device
         factor = torch.clamp((norm + 1e-6) / max_norm, min=1.0) if max_norm > 0 else torch.ones_like(norm)
         optimizer.grad_scale = (factor * loss_scale()).float()  # type: ignore[attr-defined]

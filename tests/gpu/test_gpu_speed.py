@@ -214,12 +214,12 @@ def test_cross_entropy_against_torchs_own() -> None:
 
 @pytest.mark.parametrize(("stage", "dtype"), [(1, "fp32"), (1, "bf16"), (2, "fp32")])
 def test_a_step_waits_for_the_device_as_little_as_can_be(stage: int, dtype: str) -> None:
-    """Per step: is the norm finite, the norm, the loss. Nothing per micro-batch, nothing compiled after the warm-up."""
+    """Per step: is the norm finite, is it to be clipped, the norm, the loss. Nothing per micro-batch, nothing compiled after the warm-up."""
     script = Path(__file__).parent / "waits_of_a_step.py"
     done = subprocess.run([sys.executable, str(script), str(stage), dtype], capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stdout[-1500:] + done.stderr[-3000:]
     line = next(line for line in done.stdout.splitlines() if line.startswith("RESULT"))
     counts = json.loads(line.removeprefix("RESULT"))
     print(stage, dtype, counts)
-    assert counts["copies to the host"] <= 4, counts
+    assert counts["copies to the host"] <= 5, counts
     assert counts["graphs later"] == 0, counts

@@ -36,8 +36,9 @@ def test_a_gradient_that_is_not_finite_is_still_skipped(cases: dict[str, dict]) 
 
 
 def test_the_host_reads_two_values_a_step(cases: dict[str, dict]) -> None:
-    """Whether the norm is finite, and the norm for the journal."""
+    """Whether the norm is finite, and the norm for the journal; ZeRO-1's other class also asks whether to clip."""
     for name, case in cases.items():
         if "sgd" in name:
             continue  # it has no kernel that clips: DeepSpeed does, and asks whether it has to
-        assert max(case["short"]["reads"]) <= 2, (name, case["short"]["reads"], case["plain"]["reads"])
+        most = 3 if "zero1 bf16" in name else 2
+        assert max(case["short"]["reads"]) <= most, (name, case["short"]["reads"], case["plain"]["reads"])
