@@ -40,15 +40,25 @@ def apply_shortcuts(zero_optimizer: Any, optimizer: torch.optim.Optimizer) -> bo
         return False
     if zero_optimizer.cpu_offload or not zero_optimizer.compute_grad_norm:
         return False
-    zero_optimizer.check_overflow = _norm_will_tell
+    scale = zero_optimizer.check_overflow = _NormWillTell(zero_optimizer)
     zero_optimizer.get_grad_norm_direct = _Norm(zero_optimizer)
-    if _clip_in_adam(zero_optimizer, optimizer, loss_scale=lambda: float(zero_optimizer.loss_scale)):
+    if _clip_in_adam(zero_optimizer, optimizer, loss_scale=lambda: scale.loss_scale):
         zero_optimizer.unscale_and_clip_grads = _adam_will_scale
     return True
 
 
-def _norm_will_tell(partition_gradients: bool = True) -> None:
-    """In place of the search for NaN: `step` skips the update if the norm is not finite, all the same."""
+class _NormWillTell:
+    """In place of the search for NaN: `step` skips the update if the norm is not finite, all the same.
+
+    Notes the loss scale of these gradients (fp16): DeepSpeed may double it before it divides by it.
+    """
+
+    def __init__(self, zero_optimizer: Any) -> None:
+        self._zero = zero_optimizer
+        self.loss_scale = 1.0
+
+    def __call__(self, partition_gradients: bool = True) -> None:
+        self.loss_scale = float(self._zero.loss_scale)
 
 
 def _adam_will_scale(grad_groups_flat: list[torch.Tensor], total_norm: torch.Tensor) -> None:
