@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from foretune.errors import ForetuneError, UserError
-    from foretune.pipeline import RunResult, chat, evaluate, export, plan, prepare, run, serve, train
+    from foretune.pipeline import RunResult, chat, evaluate, export, plan, prepare, prove, run, serve, train
 
 __all__ = [
     "ForetuneError",
@@ -26,6 +26,7 @@ __all__ = [
     "export",
     "plan",
     "prepare",
+    "prove",
     "run",
     "serve",
     "train",

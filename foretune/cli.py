@@ -104,7 +104,13 @@ def plan(
     hardware: Annotated[
         str, typer.Option("--hardware", help="auto, or for example 8xH100-80GB, 2x8xA100-40GB, 1xRTX4090, 4xcpu.")
     ] = "auto",
-    why: Annotated[bool, typer.Option("--why", help="Show every alternative, and where the memory goes.")] = False,
+    why: Annotated[bool, typer.Option("--why", help="Show every alternative, and the arithmetic line by line.")] = False,
+    svg: Annotated[
+        Path | None, typer.Option("--svg", metavar="FILE", help="Also draw the memory of each strategy as SVG.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Also build DeepSpeed's engine on fake tensors, and compare.")
+    ] = False,
     tokens: Annotated[int | None, typer.Option("--tokens", help="Tokens of one pass over the data.")] = None,
     deepspeed_config: Annotated[
         Path | None,
@@ -124,8 +130,8 @@ def plan(
 
     Example:  foretune plan --model Qwen/Qwen2.5-7B --hardware 2xA100-80GB
     """
-    from foretune.pipeline import NO_DATA, plan_for
-    from foretune.reporting.tables import plan_view
+    from foretune.pipeline import NO_DATA, confirm, plan_for
+    from foretune.reporting.plan_view import dry_run_view, plan_view
 
     wanted = _wanted(
         config,
@@ -144,11 +150,21 @@ def plan(
         if str(deepspeed_config) == "-":
             typer.echo(text, nl=False)
             return
-        _write(deepspeed_config, text)
+        _write("--deepspeed-config", deepspeed_config, text)
+    if svg is not None:
+        from foretune.reporting.plan_picture import plan_svg
+
+        _write("--svg", svg, plan_svg(made))
+    confirmed = confirm(made, wanted) if dry_run else None
     if as_json:
-        typer.echo(made.model_dump_json(indent=2))
+        values = made.model_dump(mode="json")
+        typer.echo(json.dumps(values if confirmed is None else {**values, "dry_run": confirmed}, indent=2))
     else:
         show(lambda width: [plan_view(made, why=why, width=width)])
+        if confirmed is not None:
+            show(lambda width: [dry_run_view(confirmed, width=width)])
+    if confirmed is not None and not confirmed["agrees"]:
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -290,6 +306,64 @@ def chat(
 
 
 @app.command()
+def prove(
+    *,
+    config: ConfigFile = None,
+    model: Model = None,
+    data: Data = None,
+    settings: Settings = None,
+    out: Annotated[Path, typer.Option("--out", help="Folder of the proof.")] = Path("runs/proof"),
+    matrix: Annotated[str, typer.Option("--matrix", help="small, or full: every fault, phase and stage.")] = "small",
+    only: Annotated[
+        list[str] | None, typer.Option("--only", metavar="WORD", help="Only cells whose name holds WORD.")
+    ] = None,
+    minutes: Annotated[
+        float | None, typer.Option("--minutes", min=0, help="Instead: kill at random times for so long.")
+    ] = None,
+    nproc: Annotated[int, typer.Option("--nproc", min=1, help="Ranks on this machine.")] = 2,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Of the random moments.")] = 0,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Break a training on purpose, in every way, and compare what comes of it with one that was left alone.
+
+    Example:  foretune prove
+    """
+    from foretune.pipeline.proof import prove as prove_all
+    from foretune.pipeline.proof import soak
+    from foretune.reporting.proof import cell_line, proof_view, soak_view
+
+    if matrix not in ("small", "full"):
+        raise UserError("--matrix", matrix, "is no matrix", "give small or full")
+    anything = config is not None or model is not None or data is not None or settings
+    wanted = _wanted(config, settings, model=model, data=data) if anything else None
+    say = (lambda message: None) if quiet else _say_progress
+    with results_alone_on_stdout():
+        result = (
+            soak(wanted, out=out, minutes=minutes, nproc=nproc, seed=seed, on_progress=say)
+            if minutes is not None
+            else prove_all(
+                wanted,
+                out=out,
+                matrix=matrix,  # type: ignore[arg-type]
+                only=only or (),
+                nproc=nproc,
+                seed=seed,
+                on_cell=lambda cell: say(cell_line(cell.model_dump())),
+            )
+        )
+    values = result.model_dump(mode="json")
+    if as_json:
+        typer.echo(json.dumps(values, indent=2))
+    elif minutes is not None:
+        show(lambda width: soak_view(values, out=out))
+    else:
+        show(lambda width: proof_view(values["cells"], seconds=values["seconds"], out=out / result.file_name))
+    if not result.passed:
+        raise typer.Exit(1)
+
+
+@app.command()
 def demo(
     out: Out = None,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Of training.")] = 0,
@@ -388,12 +462,12 @@ def _travel(
         )
 
 
-def _write(path: Path, text: str) -> None:
+def _write(option: str, path: Path, text: str) -> None:
     try:
         path.write_text(text, encoding="utf-8")
     except OSError as error:
         raise UserError(
-            "--deepspeed-config",
+            option,
             str(path),
             f"can't be written ({error.strerror})",
             "give a file in a folder that is yours",

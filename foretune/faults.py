@@ -2,9 +2,9 @@
 
     --faults FILE (worker's command line) ──▶ `Faults` ──fire(point, step)──▶ kill | stop | hold | raise | distort
 
-FILE is JSON, ``{"faults": [...], "broken": [...]}``. Each fault fires once over all launches of a run: before it acts it
-leaves ``FILE.fired-NUMBER`` beside the file, with the rank's Python stack as proof of where it was. `broken` names what
-a deliberately broken build leaves out, so that the proof can be shown to notice.
+FILE is JSON, ``{"faults": [...], "broken": [...]}``. Each fault fires once over all launches of a run: before it acts
+it leaves ``FILE.fired-NUMBER`` beside the file, with the rank's Python stack as proof of where it was. `broken` names
+what a deliberately broken build leaves out, so that the proof can be shown to notice.
 """
 
 from __future__ import annotations
@@ -23,6 +23,9 @@ from typing import Literal
 Action = Literal["kill", "stop", "hold", "raise", "out_of_memory", "nan", "spike", "no_space"]
 Point = Literal["data", "forward", "backward", "reduction", "step", "save", "saved", "commit", "clean"]
 
+SUPERVISOR = -1
+ALL_RANKS = -2
+
 #: How long a victim that must die inside a collective waits for its peers to be in it, seconds.
 _PEER_SECONDS = 20.0
 
@@ -36,7 +39,7 @@ class Fault:
             outside), raise (an exception), out_of_memory (the device's), nan, spike (of a value), no_space (ENOSPC).
         point: where.
         step: with so many steps done.
-        rank: the victim; -1 is the supervisor.
+        rank: the victim; or `SUPERVISOR`, or, for what distorts, `ALL_RANKS`.
         seconds: of a hold.
     """
 
@@ -104,11 +107,11 @@ class Faults:
             self._act(fault, step)
 
     def distorts(self, action: Action, step: int) -> bool:
-        """Whether a value is to be distorted here, now; True once."""
+        """Whether a value is to be distorted here, now: throughout that step, in every launch that comes to it."""
         for number, fault in self._faults:
-            right = fault.action == action and fault.step == step and fault.rank == self._rank
-            if right and not fired_mark(self._file, number).exists():
-                self._mark(number)
+            if fault.action == action and fault.step == step and fault.rank in (self._rank, ALL_RANKS):
+                if not fired_mark(self._file, number).exists():
+                    self._mark(number)
                 return True
         return False
 

@@ -79,6 +79,11 @@ class MemoryWriter:
         """(name, offset, bytes) of each file of this snapshot."""
         return list(self._blobs)
 
+    def close(self) -> None:
+        """Let go of the memory; what is in it stays while others hold it."""
+        self._prefault.join()
+        self._file.close()
+
     def _make_pages(self, size: int) -> None:
         try:
             os.posix_fallocate(self._file.fileno(), 0, max(1, size))

@@ -134,7 +134,9 @@ class PlanConfig(Section):
     loss_chunk_tokens: Annotated[
         PositiveInt | Auto, Field(description="tokens whose logits exist at the same time")
     ] = "auto"
-    reduce_bucket_size: Annotated[PositiveInt | Auto, Field(description="gradients that are reduced at a time")] = "auto"
+    reduce_bucket_size: Annotated[PositiveInt | Auto, Field(description="gradients that are reduced at a time")] = (
+        "auto"
+    )
     sub_group_size: Annotated[PositiveInt | Auto, Field(description="parameters that ZeRO-3 steps at a time")] = "auto"
     optimizer_dtype: Annotated[
         Literal["auto", "fp32", "bf16"],
@@ -167,11 +169,11 @@ class RecoverConfig(Section):
         "auto", description="no rank moved for so long: a hang; auto adapts to the time of a step"
     )
     passed_over_windows: Annotated[
-        int, Field(ge=0, description="data windows with a non-finite or spiking loss that may be passed over")
+        int, Field(ge=0, description="data windows with a non-finite or spiking loss to pass over")
     ] = 3
     loss_spike: Annotated[
         float,
-        Field(ge=0, description="robust z-score above which a loss (also half as much again as the median) is a spike; 0 is off"),
+        Field(ge=0, description="robust z-score above which a loss, 1.5 times the median too, is a spike; 0 is off"),
     ] = 25.0
 
 

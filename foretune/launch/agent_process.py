@@ -11,11 +11,20 @@ import signal
 import subprocess
 import sys
 from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
 #: How long the agent gets to end by itself, seconds.
 _END_SECONDS = 1.0
+
+
+@dataclass(frozen=True)
+class Exits:
+    """Exit codes by rank (negative: a signal), and the ranks that failed first; the agent killed the others."""
+
+    codes: dict[int, int] = field(default_factory=dict)
+    first: frozenset[int] = frozenset()
 
 
 class AgentProcess:
@@ -45,15 +54,16 @@ class AgentProcess:
             self._process.stdin.write(json.dumps({"ranks": ranks, "arguments": arguments}).encode() + b"\n")
             self._process.stdin.flush()
 
-    def exits(self) -> dict[int, int] | None:
-        """Exit codes by rank once the launch has ended, else None."""
+    def exits(self) -> Exits | None:
+        """How the ranks ended, once all have; else None."""
         assert self._process.stdout is not None
         data = self._process.stdout.read()
         *lines, self._pending = (self._pending + (data or b"")).split(b"\n")
         for line in lines:
             message = json.loads(line)
             if "exits" in message:
-                return {int(rank): code for rank, code in message["exits"].items()}
+                codes = {int(rank): code for rank, code in message["exits"].items()}
+                return Exits(codes, frozenset(message["first"]))
         return None
 
     def end(self) -> None:

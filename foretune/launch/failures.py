@@ -1,4 +1,4 @@
-"""What went wrong, as a typed cause: from exit codes, signals, what the ranks wrote, heartbeats and the kernel's counts.
+"""What went wrong, as a typed cause: from exit codes, signals, what ranks wrote, heartbeats, the kernel's counts.
 
 The first cause counts: when one rank dies its peers fail too, with words about communication that explain nothing.
 """
@@ -12,6 +12,7 @@ from enum import StrEnum
 from pathlib import Path
 
 from foretune.artifacts import Outcome
+from foretune.launch.agent_process import Exits
 
 
 class Cause(StrEnum):
@@ -49,7 +50,7 @@ class Failure:
 
 def classify(
     outcomes: Mapping[int, Outcome],
-    exits: Mapping[int, int],
+    exits: Exits,
     *,
     phases: Mapping[int, tuple[str, int]],
     oom_kills: int,
@@ -59,7 +60,7 @@ def classify(
 
     Args:
         outcomes: what ranks wrote, by rank, in the order they wrote it.
-        exits: exit codes by rank; negative ones are signals. A rank that the agent killed afterwards counts as -9 too.
+        exits: how they ended.
         phases: (phase, steps done) of the last heartbeat, by rank.
         oom_kills: processes that the kernel's OOM killer ended during this launch.
         log_of: where each rank's words are.
@@ -74,21 +75,21 @@ def classify(
         if outcome.kind in set(Cause) and outcome.kind != Cause.COMMUNICATION:
             return failure(Cause(outcome.kind), rank, outcome.cause or outcome.kind, outcome.step)
     # Not told, and dead by a signal: the victim. Peers that the agent killed were waiting in a collective.
-    silent = [rank for rank, code in exits.items() if code < 0 and rank not in outcomes]
+    silent = [rank for rank in exits.first or exits.codes if exits.codes.get(rank, 0) < 0 and rank not in outcomes]
     if silent:
         if oom_kills:
             rank = silent[0]
             detail = "the kernel's OOM killer ended it: the host's memory is full"
             return failure(Cause.HOST_OUT_OF_MEMORY, rank, detail)
         rank = _first_victim(silent, phases)
-        name = signal.Signals(-exits[rank]).name
+        name = signal.Signals(-exits.codes[rank]).name
         return failure(Cause.KILLED, rank, f"ended by {name}")
     for rank, outcome in told.items():
         if outcome.status == "bug":
             return failure(Cause.CRASHED, rank, f"{outcome.cause} (whole story: {log_of[rank]})", outcome.step)
     for rank, outcome in told.items():
         return failure(Cause.COMMUNICATION, rank, outcome.cause or "communication failed", outcome.step)
-    for rank, code in exits.items():
+    for rank, code in exits.codes.items():
         if code != 0:
             return failure(Cause.CRASHED, rank, f"exited with {code} (see {log_of[rank]})")
     return Failure(Cause.AGENT_LOST, "the agent that watches the ranks ended")

@@ -128,7 +128,7 @@ def _from(path: Path, offset: int) -> str:
 
 def _innermost(stack: str) -> str:
     """File, line and function where the main thread is; faulthandler prints the innermost frame first."""
-    main = stack.split("Current thread")[-1] if "Current thread" in stack else stack
+    main = stack.rsplit("Current thread", maxsplit=1)[-1] if "Current thread" in stack else stack
     frame = _FRAME.search(main)
     return f"{Path(frame[1]).name}:{frame[2]} in {frame[3]}" if frame else "an unknown place (it dumped no stack)"
 

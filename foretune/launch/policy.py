@@ -71,12 +71,16 @@ class Policy:
         self._without_progress += 1
         wait = min(wait, _LONGEST_WAIT_SECONDS)
         if failure.cause == Cause.DEVICE_OUT_OF_MEMORY:
-            return Action("replan", "the device's memory did not do: smaller micro-batches, the same global batch", wait)
+            return Action(
+                "replan", "the device's memory did not do: smaller micro-batches, the same global batch", wait
+            )
         if failure.cause in (Cause.NON_FINITE, Cause.LOSS_SPIKE):
             self._windows += 1
             if self._windows > self._config.passed_over_windows:
                 return Action("stop", f"{self._windows} data windows went wrong; a lower train.learning_rate may help")
-            return Action("pass_over", f"back to the last good checkpoint, passing over the data of step {failure.step}")
+            return Action(
+                "pass_over", f"back to the last good checkpoint, passing over the data of step {failure.step}"
+            )
         if times > _ACCIDENTS[failure.cause]:
             return Action("stop", f"the same failure at the same step, {times} times: it would happen again")
         return Action("restart", "from the last good checkpoint", wait)

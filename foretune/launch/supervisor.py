@@ -29,8 +29,8 @@ from foretune.checkpoint import layout, store
 from foretune.config import Config
 from foretune.errors import Preempted, TrainingStopped, UserError
 from foretune.events import EventKind, Journal, read_events_from
-from foretune.faults import Faults
-from foretune.launch.agent_process import Agents
+from foretune.faults import SUPERVISOR, Faults
+from foretune.launch.agent_process import Agents, Exits
 from foretune.launch.failures import Cause, Failure, classify
 from foretune.launch.health import Hang, Health, oom_kills
 from foretune.launch.persister import Persister
@@ -155,11 +155,11 @@ class _Supervisor:
         phases = {rank: (beat.phase, beat.step) for rank, beat in health.beats().items()}
         if exits is None:
             _kill(health)
-            exits = {}
+            exits = Exits()
         return self._conclude(exits, phases, hang, oom_kills() - killed)
 
     def _conclude(
-        self, exits: dict[int, int], phases: dict[int, tuple[str, int]], hang: Hang | None, oom_kills: int
+        self, exits: Exits, phases: dict[int, tuple[str, int]], hang: Hang | None, oom_kills: int
     ) -> Failure | None:
         """What the end of a launch means."""
         run, plan = self.run, self.plan
@@ -245,7 +245,7 @@ class _Supervisor:
             keep=self.config.checkpoint.keep,
             keep_every=self.config.checkpoint.keep_every,
             journal=self.journal,
-            faults=Faults(self.faults, rank=-1),
+            faults=Faults(self.faults, rank=SUPERVISOR),
         )
         return persister, memories
 
@@ -265,7 +265,8 @@ class _Supervisor:
     def _forward(self) -> list[dict[str, Any]]:
         """Hand on the events since the last call, and return them."""
         events = []
-        for event, self.offset in read_events_from(self.run.events, self.offset):
+        for event, offset in read_events_from(self.run.events, self.offset):
+            self.offset = offset
             self.on_event(event)
             events.append(event)
         return events

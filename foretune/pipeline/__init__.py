@@ -2,10 +2,12 @@
 
 from foretune.pipeline.demonstration import DEMO_STAGES, DemoResult, demonstrate
 from foretune.pipeline.folder import default_out
+from foretune.pipeline.proof import prove, soak
 from foretune.pipeline.road import STAGES, RunResult, travel
 from foretune.pipeline.verbs import (
     NO_DATA,
     chat,
+    confirm,
     evaluate,
     export,
     plan,
@@ -24,6 +26,7 @@ __all__ = [
     "DemoResult",
     "RunResult",
     "chat",
+    "confirm",
     "default_out",
     "demonstrate",
     "evaluate",
@@ -31,9 +34,11 @@ __all__ = [
     "plan",
     "plan_for",
     "prepare",
+    "prove",
     "run",
     "serve",
     "served_folder",
+    "soak",
     "train",
     "travel",
 ]

@@ -76,9 +76,7 @@ def soak(
 
     folder = expanded("--out", out)
     maker = _maker(config, folder, nproc=nproc, seed=seed, steps=20 * proving.STEPS, every=2 * proving.EVERY)
-    return proving.soak(
-        maker, out=folder, layout=Layout(stage), minutes=minutes, seed=seed, on_progress=on_progress
-    )
+    return proving.soak(maker, out=folder, layout=Layout(stage), minutes=minutes, seed=seed, on_progress=on_progress)
 
 
 def _maker(
@@ -98,7 +96,7 @@ def _maker(
     values.setdefault("train", {})
     values["train"] |= {"max_steps": steps, "seed": values["train"].get("seed", seed), "deterministic": True}
     values["checkpoint"] = {"every": every, "keep": 3}
-    values["recover"] = {"restarts_per_hour": _MANY, "hang_seconds": 4.0, "loss_spike": 8.0}
+    values["recover"] = {"restarts_per_hour": _MANY, "hang_seconds": 4.0, "loss_spike": 3.0}
 
     def make(layout: Layout, out: Path) -> tuple[RunFolder, Plan, Config]:
         plan = {**values.get("plan", {}), "zero_stage": layout.stage, "offload_optimizer": layout.offload}

@@ -118,9 +118,9 @@ def plan_for(
     tokens: int | None = None,
 ) -> Plan:
     """As `plan`, for a `Config`."""
-    if hardware != "auto" and nproc is not None:
+    if not hardware.startswith("auto") and nproc is not None:
         raise UserError("--nproc", nproc, "can't be given together with --hardware", "write the ranks into --hardware")
-    cluster = planning.probe(nproc) if hardware == "auto" else planning.parse_hardware(hardware)
+    cluster = planning.parse_hardware(hardware, nproc)
     config = resolved(config)
     folder = RunFolder(out or default_out(config))
     manifest = folder.data / PreparedDataset.file_name
@@ -130,6 +130,13 @@ def plan_for(
     return planning.make_plan(
         config, model_folder=_described_model(config), cluster=cluster, prepared=prepared, tokens=tokens
     )
+
+
+def confirm(made: Plan, config: Config) -> dict[str, Any]:
+    """Build the plan's engine on fake tensors: what it holds against what was predicted (`foretune.dryrun.DryRun`)."""
+    from foretune.dryrun import dry_run
+
+    return dry_run(made, resolved(config)).as_json()
 
 
 def estimated_tokens(config: Config) -> int | None:

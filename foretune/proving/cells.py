@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from foretune.faults import Point
+from foretune.faults import ALL_RANKS, SUPERVISOR, Point
 
 FaultName = Literal[
     "kill",  # a rank, by itself, at a point
@@ -30,6 +30,9 @@ STEPS = 14
 EVERY = 4
 FAULT_STEP = 10
 
+#: Faults that no rank is the victim of.
+_OF_THE_RUN = ("kill_supervisor", "terminate")
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -46,7 +49,12 @@ class Layout:
 
     @property
     def name(self) -> str:
-        return f"ZeRO-{self.stage}" + (" offload" if self.offload else "") + (" LoRA" if self.lora else "") + ("" if self.dropout else " no dropout")
+        return (
+            f"ZeRO-{self.stage}"
+            + (" offload" if self.offload else "")
+            + (" LoRA" if self.lora else "")
+            + ("" if self.dropout else " no dropout")
+        )
 
 
 @dataclass(frozen=True)
@@ -63,7 +71,7 @@ class Cell:
 
     @property
     def name(self) -> str:
-        victim = "" if self.fault in ("kill_supervisor", "terminate") else f" rank {self.rank}"
+        victim = f" rank {self.rank}" if self.rank >= 0 and self.fault not in _OF_THE_RUN else ""
         return f"{self.layout.name}: {self.fault}{victim} in {self.phase}"
 
 
@@ -99,9 +107,9 @@ def _others(layout: Layout) -> list[Cell]:
         Cell("truncate", "data", layout),
         Cell("delete_manifest", "data", layout),
         Cell("remove_newest", "data", layout),
-        Cell("no_space", "commit", layout, step=8, rank=-1),
+        Cell("no_space", "commit", layout, step=8, rank=SUPERVISOR),
         Cell("nan", "backward", layout, expects=_WINDOW),
-        Cell("spike", "forward", layout, expects=_WINDOW),
+        Cell("spike", "forward", layout, rank=ALL_RANKS, expects=_WINDOW),
         Cell("loader_error", "data", layout, rank=1),
         Cell("out_of_memory", "forward", replace(layout, dropout=False), expects="within_tolerance"),
     ]
@@ -110,8 +118,8 @@ def _others(layout: Layout) -> list[Cell]:
 def _of_supervisor(layout: Layout) -> list[Cell]:
     return [
         Cell("kill_supervisor", "forward", layout),
-        Cell("kill_supervisor", "commit", layout, step=_SAVE_STEP, rank=-1),
-        Cell("kill_supervisor", "clean", layout, step=_SAVE_STEP, rank=-1),
+        Cell("kill_supervisor", "commit", layout, step=_SAVE_STEP, rank=SUPERVISOR),
+        Cell("kill_supervisor", "clean", layout, step=_SAVE_STEP, rank=SUPERVISOR),
     ]
 
 
@@ -119,9 +127,9 @@ def small_matrix() -> list[Cell]:
     """At least one cell of every fault, every phase and every stage; about three minutes on two cores."""
     two, three = Layout(2), Layout(3)
     cells = [
-        *_kills(two),
+        *(cell for cell in _kills(two) if cell.seed not in (2, 4)),
         *(cell for cell in _others(two) if (cell.fault, cell.phase) not in (("stop", "step"), ("terminate", "save"))),
-        Cell("kill_supervisor", "clean", two, step=_SAVE_STEP, rank=-1),
+        Cell("kill_supervisor", "clean", two, step=_SAVE_STEP, rank=SUPERVISOR),
         Cell("kill", "reduction", three, rank=1),
         Cell("kill_from_outside", "backward", three, rank=0, seed=5),
         Cell("kill", "step", Layout(0), rank=0),

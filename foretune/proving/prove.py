@@ -1,7 +1,7 @@
 """Runs the matrix: a reference for each layout, then each cell, compared with it.
 
-    template of a layout (config, data, plan) ──▶ reference ──digest──┐
-                                          └──▶ cell: armed, broken, recovered ──digest──▶ equal?
+template of a layout (config, data, plan) ──▶ reference ──digest──┐
+                                      └──▶ cell: armed, broken, recovered ──digest──▶ equal?
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from foretune.checkpoint import store
 from foretune.config import Config
 from foretune.errors import ExitCode, ForetuneError, Preempted
 from foretune.events import EventKind, read_events
-from foretune.faults import Fault, fired_mark, write_faults
+from foretune.faults import SUPERVISOR, Fault, fired_mark, write_faults
 from foretune.proving.cells import Cell, Layout
 from foretune.proving.damage import damage_newest
 from foretune.proving.digest import losses, losses_digest, relative_difference, state_digest
@@ -206,7 +206,7 @@ class Prover:
         if cell.fault in ("kill_from_outside", "terminate"):
             return [Fault("hold", **here, seconds=HOLD_SECONDS)]  # type: ignore[arg-type]
         if cell.fault == "kill_supervisor":
-            action = "kill" if cell.rank == -1 else "hold"
+            action = "kill" if cell.rank == SUPERVISOR else "hold"
             return [Fault(action, **here, seconds=HOLD_SECONDS)]  # type: ignore[arg-type]
         if cell.fault == "stop":
             return [Fault("stop", **here)]  # type: ignore[arg-type]
@@ -254,7 +254,7 @@ class Prover:
             killer = Killer(
                 run, faults, number=0, rank=0, seed=self._seed * 1000 + cell.seed, strike=lambda: _kill(first)
             )
-            if cell.rank != -1:
+            if cell.rank != SUPERVISOR:
                 killer.start()
             try:
                 first.wait(_CELL_SECONDS)

@@ -114,7 +114,7 @@ class PlainLines:
                 yield f"{event['stage']}: {event['message']}"
             case EventKind.NOTE:
                 yield f"note: {state.notes[-1]}"
-            case EventKind.FAULT:
+            case EventKind.FAULT | EventKind.RECOVERY:
                 yield state.notes[-1]
             case EventKind.TRAINING_STARTED:
                 yield f"train: {state.total_steps} steps, {_detail(state.stages['train'])}"

@@ -119,7 +119,11 @@ class RoadState:
                 self.stop_reason = str(event.get("reason", "asked to stop"))
             case EventKind.FAULT:
                 where = "".join(f", {key} {event[key]}" for key in ("rank", "step") if event.get(key) is not None)
-                self.notes.append(f"fault: {event.get('cause')}{where}")
+                self.notes.append(f"fault: {event.get('detail') or event.get('cause')}{where}")
+            case EventKind.RECOVERY:
+                wait = float(event.get("wait_seconds") or 0)
+                pause = f", in {wait:.0f} s" if wait >= 1 else ""
+                self.notes.append(f"recovery: {event.get('why')}{pause}")
             case EventKind.BREAKDOWN:
                 self.breakdown = dict(event.get("seconds_by_phase") or {})
             case EventKind.PREDICTED_AGAINST_MEASURED:

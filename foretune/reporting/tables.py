@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from rich.cells import cell_len
 from rich.console import Group, RenderableType
@@ -21,7 +20,6 @@ from foretune.artifacts import (
     GenerationSample,
     LossEstimate,
     Plan,
-    Prediction,
     PreparedDataset,
     SourceSummary,
 )
@@ -29,7 +27,6 @@ from foretune.reporting.units import bytes_text, count_text, duration_text, loss
 
 _WIDE = 72
 _SAMPLE_CHARACTERS = 400
-_ALTERNATIVES_SHOWN = 4
 
 _TEMPLATES = {
     "tokenizer": "the tokenizer's own chat template",
@@ -39,30 +36,6 @@ _TEMPLATES = {
 }
 
 Fact = tuple[str, str, str]  # what, its value, a remark
-
-
-def plan_view(plan: Plan, *, why: bool = False, width: int = 80) -> RenderableType:
-    """The plan: what was decided and the reason of each, what it should take, and what lost against it.
-
-    Args:
-        plan: any plan.
-        why: also every alternative and where the memory goes; without it the first alternatives only.
-        width: columns to draw for.
-    """
-    parts: list[RenderableType] = [_plan_head(plan)]
-    decisions: list[Fact] = [
-        (decision.field, _value_text(decision.value), decision.reason + (" (pinned)" if decision.pinned else ""))
-        for decision in plan.decisions
-    ]
-    parts += _section("decided", facts(decisions, width))
-    parts += _section("predicted, for each rank", facts(_prediction_facts(plan, why=why), width))
-    shown = plan.rejected if why else plan.rejected[:_ALTERNATIVES_SHOWN]
-    lost: list[Fact] = [(item.name, _alternative_figures(item.prediction), item.reason) for item in shown]
-    if lost:
-        parts += _section("not chosen", facts(lost, width))
-    if (hidden := len(plan.rejected) - len(shown)) > 0:
-        parts.append(Text(f"  and {hidden} more: --why shows all", style="dim"))
-    return Group(*parts)
 
 
 def plan_summary(plan: Plan) -> str:
@@ -114,7 +87,7 @@ def prepared_view(prepared: PreparedDataset, *, samples: int = 3, width: int = 8
             shown = printable(_shorten(piece))
             text.append(f"⟦{shown}⟧" if is_target else shown, style="green" if is_target else "dim")
         parts += [
-            _indented(text),
+            indented(text),
             Text(f"  {sample.tokens} tokens, {sample.target_tokens} targets", style="cyan"),
             Text(),
         ]
@@ -150,7 +123,7 @@ def evaluation_view(report: EvaluationReport, *, samples: int = 3, width: int = 
     available = report.documents_available or report.documents
     part = f"{count_text(report.documents)} of " if available > report.documents else ""
     size = f"{part}{plural(available, 'document')}, {count_text(report.target_tokens)} target tokens"
-    parts: list[RenderableType] = [Text(f"{printable(report.data)}: {size}"), _indented(table)]
+    parts: list[RenderableType] = [Text(f"{printable(report.data)}: {size}"), indented(table)]
     if report.difference is not None:
         parts.append(_verdict(report.difference, report.difference_interval))
     for task, values in report.tasks.items():
@@ -182,7 +155,7 @@ def breakdown_view(seconds: Mapping[str, float], *, width: int = 80) -> Renderab
         share = spent / total if total else 0.0
         bar = Text("█" * round(share * room), style="cyan")
         table.add_row(phase.replace("_", " "), duration_text(spent), f"{100 * share:.1f} %", bar)
-    return _indented(table)
+    return indented(table)
 
 
 def predicted_view(quantities: Mapping[str, Mapping[str, float]]) -> RenderableType:
@@ -195,7 +168,7 @@ def predicted_view(quantities: Mapping[str, Mapping[str, float]]) -> RenderableT
         predicted, measured = float(pair["predicted"]), float(pair["measured"])
         ratio = f"{measured / predicted:.2f}" if predicted else "-"
         table.add_row(_quantity_name(name), _quantity_text(name, predicted), _quantity_text(name, measured), ratio)
-    return _indented(table)
+    return indented(table)
 
 
 _FINDING_MARKS = {"good": ("✓", "green"), "note": ("!", "yellow"), "bad": ("✗", "bold red")}
@@ -222,7 +195,7 @@ def findings_view(findings: Iterable[tuple[str, str, str, str, str]], *, width: 
             continue
         lines.append(Text.assemble((mark, style), f" {name}  ", (printable(value), "bold")))
         if explained:
-            lines.append(_indented(explained))
+            lines.append(indented(explained))
     return table if wide else Group(*lines)
 
 
@@ -236,18 +209,19 @@ def facts(rows: Iterable[Fact], width: int) -> RenderableType:
         table.add_column(ratio=1)
         for what, value, remark in rows:
             table.add_row(Text(what), Text(value, style="bold"), Text(remark, style="dim"))
-        return _indented(table)
+        return indented(table)
     names = max((cell_len(what) for what, _, _ in rows), default=0)
     lines: list[RenderableType] = []
     for what, value, remark in rows:
         short = names + cell_len(value) + 4 <= width
         lines.append(Text.assemble(f"{what:<{names}}  " if short else f"{what}  ", (value, "bold")))
         if remark:
-            lines.append(_indented(Text(remark, style="dim")))
-    return _indented(Group(*lines))
+            lines.append(indented(Text(remark, style="dim")))
+    return indented(Group(*lines))
 
 
-def _indented(body: RenderableType) -> Padding:
+def indented(body: RenderableType) -> Padding:
+    """Two columns to the right."""
     return Padding(body, (0, 0, 0, 2), expand=False)
 
 
@@ -256,72 +230,11 @@ def _source(source: SourceSummary) -> str:
     return f"{source.path}, as {source.format.replace('_', ' ')}{weight}"
 
 
-def _section(title: str, body: RenderableType) -> list[RenderableType]:
-    return [Text(), Text(title, style="bold"), body]
-
-
-def _plan_head(plan: Plan) -> Text:
-    cluster = plan.cluster
-    place = f"{plan.world_size} x {cluster.accelerator.name}" + (
-        f" on {cluster.nodes} nodes" if cluster.nodes > 1 else ""
-    )
-    if plan.trainable_parameters == plan.parameters:
-        what = f"all {count_text(plan.parameters)} parameters"
-    else:
-        what = f"{count_text(plan.trainable_parameters)} of {count_text(plan.parameters)} parameters"
-    seen = "as probed" if cluster.probed else "as described"
-    return Text.assemble((printable(model_name(plan.model)), "bold"), f": trains {what} on {place}, {seen}")
-
-
 def model_name(folder: str) -> str:
     """The name a person knows a model folder by; a snapshot in the hub's cache gives back its hub id."""
     parts = Path(folder).parts
     cached = next((part for part in parts if part.startswith("models--")), None)
     return cached.removeprefix("models--").replace("--", "/") if cached else (parts[-1] if parts else folder)
-
-
-def _prediction_facts(plan: Plan, *, why: bool) -> list[Fact]:
-    predicted, cluster = plan.predicted, plan.cluster
-    memory = "memory" if cluster.accelerator.kind == "cpu" else "GPU memory"
-    rows = [
-        (
-            memory,
-            bytes_text(predicted.gpu_memory_bytes),
-            f"of {bytes_text(cluster.accelerator.memory_bytes)} that may be used",
-        )
-    ]
-    if why:
-        parts = sorted(predicted.gpu_memory_parts.items(), key=lambda item: -item[1])
-        rows += [(f"  {name.replace('_', ' ')}", bytes_text(size), "") for name, size in parts if size]
-    rows += [
-        (
-            "host memory",
-            bytes_text(predicted.host_memory_bytes_per_node),
-            f"of {bytes_text(cluster.host_memory_bytes)} on each node",
-        ),
-        (
-            "step",
-            duration_text(predicted.step_seconds),
-            f"{rate_text(predicted.tokens_per_second)} tokens/s over all ranks",
-        ),
-        ("whole training", duration_text(predicted.total_seconds), f"{plan.total_steps:,} steps"),
-        ("disk", bytes_text(predicted.disk_bytes), f"{bytes_text(predicted.checkpoint_bytes)} for each checkpoint"),
-    ]
-    return rows
-
-
-def _alternative_figures(prediction: Prediction | None) -> str:
-    if prediction is None:
-        return ""
-    return f"{bytes_text(prediction.gpu_memory_bytes)}, {duration_text(prediction.step_seconds)} a step"
-
-
-def _value_text(value: Any) -> str:
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    return str(value)
 
 
 def _verdict(difference: float, interval: tuple[float, float] | None) -> Text:
@@ -347,7 +260,7 @@ def _sample(sample: GenerationSample) -> Sequence[RenderableType]:
     rows = [("prompt", sample.prompt, ""), ("reference", sample.reference, ""), *answers]
     for name, text, style in rows if answers else [*rows, ("model", sample.tuned, "bold")]:
         table.add_row(name, Text(printable(_shorten(text)), style=style))
-    return [_indented(table)]
+    return [indented(table)]
 
 
 def _interval(interval: tuple[float, float]) -> str:

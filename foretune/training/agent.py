@@ -3,7 +3,8 @@
     python -m foretune.training.agent RUN
 
 in (stdin): one JSON line a launch, ``{"ranks": N, "arguments": [...]}``   out (stdout): ``{"ready": true}``, then one
-line for each launch, ``{"exits": {"0": code, ...}}`` (a negative code is a signal's number).
+line for each launch, ``{"exits": {"0": code, ...}, "first": [0]}`` (a negative code is a signal's number; `first` are
+the ranks that had failed when the agent noticed and killed the rest).
 
 It stays between launches, so that a restart costs a fork and a rendezvous. When one rank ends badly the others are
 killed at once: they could only wait for it. Restarts are the supervisor's decision (``max_restarts`` is 0 here).
@@ -108,6 +109,7 @@ class WarmAgent(SimpleElasticAgent):
         super().__init__(spec, exit_barrier_timeout=10)
         self._spare = spare
         self._pids: dict[int, int] = {}  # local rank → process id
+        self.first: list[int] = []
 
     def exit_codes(self) -> dict[int, int]:
         """By local rank."""
@@ -144,7 +146,8 @@ class WarmAgent(SimpleElasticAgent):
         codes = self.exit_codes()
         failed = {rank: code for rank, code in codes.items() if code != 0}
         if failed:
-            return RunResult(state=WorkerState.FAILED, failures={rank: code for rank, code in failed.items()})  # type: ignore[misc]
+            self.first = sorted(failed)
+            return RunResult(state=WorkerState.FAILED, failures=failed)  # type: ignore[arg-type]
         if len(codes) == len(self._pids):
             return RunResult(state=WorkerState.SUCCEEDED, return_values=codes)
         return RunResult(state=WorkerState.HEALTHY)
@@ -159,8 +162,8 @@ class WarmAgent(SimpleElasticAgent):
         self._spare.kill(list(self._pids.values()))
 
 
-def launch(spare: Spare, *, ranks: int, arguments: list[str]) -> dict[int, int]:
-    """Run ranks on this machine until all have ended; returns the exit code of each."""
+def launch(spare: Spare, *, ranks: int, arguments: list[str]) -> dict[str, Any]:
+    """Run ranks on this machine until all have ended; returns what is said of it, see the head of this file."""
     handler = get_rendezvous_handler(
         RendezvousParameters(
             backend="c10d",
@@ -187,7 +190,7 @@ def launch(spare: Spare, *, ranks: int, arguments: list[str]) -> dict[int, int]:
     finally:
         agent._shutdown()
         handler.shutdown()
-    return agent.exit_codes()
+    return {"exits": agent.exit_codes(), "first": agent.first}
 
 
 def main() -> None:
@@ -205,7 +208,7 @@ def main() -> None:
     say({"ready": True})
     for line in sys.stdin:
         order = json.loads(line)
-        say({"exits": launch(spare, ranks=order["ranks"], arguments=order["arguments"])})
+        say(launch(spare, ranks=order["ranks"], arguments=order["arguments"]))
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ HISTORY = 50
 _FEWEST = 8
 #: Of a normal distribution: the standard deviation is this many times the median absolute deviation.
 _SIGMA = 1.4826
-#: A spike is also this many times the median: a loss that hardly varies makes any z-score large.
+#: A spike is also this many times the median, and above all before: losses that hardly vary make any z-score large.
 _FACTOR = 1.5
 
 
@@ -57,7 +57,7 @@ def check_loss(report: Measured, state: TrainState, *, spike: float, skips_overf
         usual = median(before)
         spread = _SIGMA * median(abs(loss - usual) for loss in before)
         score = (report.loss - usual) / max(spread, 1e-6)
-        if score > spike and report.loss > _FACTOR * usual:
+        if score > spike and report.loss > max(_FACTOR * usual, *before):
             raise MachineFault(
                 f"a spike: loss {report.loss:.3f} where {usual:.3f} is usual (robust z-score {score:.0f})",
                 step=number,

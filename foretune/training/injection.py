@@ -30,14 +30,14 @@ class FaultyEngine(DeepSpeedEngine):
         engine.__class__ = cls
         assert isinstance(engine, FaultyEngine)
         engine._faults, engine._state, engine._in_collectives = faults, state, False
-        engine.module.get_input_embeddings().register_forward_hook(engine._in_forward)  # type: ignore[operator, union-attr]
+        engine.module.get_input_embeddings().register_forward_hook(engine._in_forward)  # type: ignore[operator]
         engine.before_update(lambda: faults.fire("step", state.step))
         engine.on_collective(engine._on_collective)
 
     def __call__(self, **inputs: Any) -> Any:
         labels = inputs.get("shift_labels")
         if labels is not None and self.module.training and self._faults.distorts("spike", self._state.step):
-            vocabulary = self.module.get_input_embeddings().num_embeddings  # type: ignore[operator, union-attr]
+            vocabulary = self.module.get_input_embeddings().num_embeddings  # type: ignore[operator]
             inputs["shift_labels"] = torch.where(labels == IGNORE_INDEX, labels, (labels + 7) % vocabulary)
         try:
             return super().__call__(**inputs)
@@ -49,7 +49,7 @@ class FaultyEngine(DeepSpeedEngine):
     def backward(self, loss: torch.Tensor) -> None:
         if self._faults.distorts("nan", self._state.step):
             loss = loss * float("nan")
-        loss.register_hook(lambda gradient: self._faults.fire("backward", self._state.step))
+        loss.register_hook(lambda gradient: self._faults.fire("backward", self._state.step))  # type: ignore[no-untyped-call]
         self._in_collectives = True
         super().backward(loss)
 

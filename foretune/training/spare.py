@@ -3,8 +3,8 @@
     python -m foretune.training.spare RUN
 
 in (stdin): one JSON line a launch, ``{"ranks": [{"environment": {...}, "arguments": [...]}, ...]}``
-out (stdout): ``{"ready": true}``, then ``{"started": [pid, ...]}`` and ``{"exited": [pid, code]}``; a negative code is a
-signal's number.
+out (stdout): ``{"ready": true}``, then ``{"started": [pid, ...]}`` and ``{"exited": [pid, code]}``; a negative code is
+a signal's number.
 
 Imports cost 5 s a process, a fork milliseconds: ranks are back that much sooner after a fault, and several ranks share
 one import. It must stay single-threaded and must never touch the GPU: a forked process can't use CUDA once its parent
@@ -90,7 +90,6 @@ def _fork(rank: dict[str, Any]) -> int:
 
 def _import_all(run: Path) -> None:
     """Everything that a rank will import, the model's own module included."""
-    import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401  # else imported by deepspeed.initialize, 1.5 s
     import torch._dynamo
     import torch.utils.tensorboard  # noqa: F401
     import transformers.integrations.deepspeed  # noqa: F401
@@ -98,10 +97,11 @@ def _import_all(run: Path) -> None:
     import foretune.training.build
     import foretune.training.loop
     import foretune.training.resume  # noqa: F401
-
     from foretune.artifacts import Plan, RunFolder
+    from foretune.engine import import_ahead
     from foretune.model.loading import import_model_class
 
+    import_ahead()
     folder = RunFolder(run)
     if folder.plan.is_file():
         import_model_class(Path(Plan.read(folder.plan).model))

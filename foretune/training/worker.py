@@ -4,9 +4,9 @@
 
 plan, config, data ─▶ process group ─▶ engine ─▶ loader ─▶ resume ─▶ hooks ─▶ loop ─▶ outcome file
 
-A warm spare forks it (`foretune.training.spare`), or torchrun starts it. It decides nothing: what is to be done stands in RUN/config.yaml and RUN/plan.json. It reports by writing
-RUN/launch/outcome-00000.json and exits 0 when it did what it was asked (finished, or stopped as asked); any other exit
-makes torchrun's agent end the other ranks.
+A warm spare forks it (`foretune.training.spare`), or torchrun starts it. It decides nothing: what is to be done stands
+in RUN/config.yaml and RUN/plan.json. It reports by writing RUN/launch/outcome-00000.json and exits 0 when it did what
+it was asked (finished, or stopped as asked); any other exit makes the agent end the other ranks.
 """
 
 from __future__ import annotations
@@ -75,8 +75,8 @@ def _train(run: RunFolder, rank: RankInfo, heartbeat: Heartbeat, options: argpar
     from foretune.checkpoint.snapshot import MemoryWriter
     from foretune.engine import close_group, open_group
     from foretune.training import build
-    from foretune.training.loop import train
     from foretune.training.injection import FaultyEngine
+    from foretune.training.loop import train
     from foretune.training.resume import resume
     from foretune.training.schedule import learning_rate
 

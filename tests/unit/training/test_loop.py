@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from foretune.checkpoint.snapshot import FolderWriter
 from foretune.config.schema import TrainConfig
 from foretune.data import MicroBatch, StepBatch
 from foretune.engine import FakeEngine, build_optimizer
@@ -88,7 +89,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path: Path) -> None:
     _, expected = go(whole, TrainState(), 7)
     first, state = make(), TrainState()
     go(first, state, 3)
-    first.save(tmp_path)
+    first.save(FolderWriter(tmp_path))
     second, restored = make(), TrainState()
     second.load(tmp_path)
     restored.load_state_dict(state.state_dict())
@@ -104,4 +105,4 @@ def test_not_finite_is_a_fault_with_its_step() -> None:
         engine.module.table.weight[:] = float("nan")
     with pytest.raises(MachineFault, match="not finite") as fault:
         go(engine, TrainState(), 3)
-    assert fault.value.step == 1
+    assert (fault.value.kind, fault.value.step) == ("non_finite", 0)

@@ -1,0 +1,37 @@
+"""After the device's memory did not do: less at a time, the same global batch, and an end to it."""
+
+from pathlib import Path
+
+from foretune import planning
+from foretune.artifacts import Plan
+from foretune.config import parse_config
+
+MODEL = Path(__file__).parents[2] / "models" / "stories260K"
+
+
+def first_plan() -> Plan:
+    config = parse_config(
+        {
+            "model": str(MODEL),
+            "data": {"sources": [{"path": "none.jsonl"}]},
+            "train": {"global_batch_size": 12, "max_length": 64},
+            "plan": {"micro_batch_size_per_gpu": 6, "checkpointed_layers": 0},
+        }
+    )
+    cluster = planning.parse_hardware("2xcpu")
+    return planning.make_plan(config, model_folder=MODEL, cluster=cluster, prepared=None, tokens=100_000)
+
+
+def test_micro_batches_shrink_then_layers_recompute_then_it_ends() -> None:
+    plans = [first_plan()]
+    while (plan := planning.after_out_of_memory(plans[-1])) is not None:
+        plans.append(plan)
+    shapes = [(plan.micro_batch_size_per_gpu, plan.gradient_accumulation_steps) for plan in plans]
+    assert shapes == [(6, 1), (3, 2), (1, 6), (1, 6)]
+    assert [plan.checkpointed_layers for plan in plans] == [0, 0, 0, 5]
+    assert {plan.global_batch_size for plan in plans} == {12}
+    for plan in plans:
+        config = plan.deepspeed_config
+        assert config["train_micro_batch_size_per_gpu"] == plan.micro_batch_size_per_gpu
+        assert config["train_batch_size"] == config["gradient_accumulation_steps"] * plan.micro_batch_size_per_gpu * 2
+    assert "ran out of memory" in plans[-1].decisions[-1].reason
