@@ -337,7 +337,11 @@ def prove(
         raise UserError("--matrix", matrix, "is no matrix", "give small or full")
     anything = config is not None or model is not None or data is not None or settings
     wanted = _wanted(config, settings, model=model, data=data) if anything else None
-    say = (lambda message: None) if quiet else _say_progress
+
+    def say(message: str) -> None:
+        if not quiet:
+            _say_progress(message)
+
     with results_alone_on_stdout():
         result = (
             soak(wanted, out=out, minutes=minutes, nproc=nproc, seed=seed, on_progress=say)

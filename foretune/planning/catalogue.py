@@ -1,8 +1,8 @@
 """Accelerators by name: usable memory, dense 16-bit peak, memory bandwidth, link to its neighbours.
 
 Memory is what a process sees as the device's total (less than the number on the box: firmware and ECC take theirs).
-Peaks are dense, without sparsity, from the vendors' data sheets; how much of one is reached, `foretune.planning.timing`
-says. Links are bytes per second in one direction per device.
+Peaks are dense, without sparsity, from the vendors' data sheets; how much of one is reached,
+`foretune.planning.predict.timing` says. Links are bytes per second in one direction per device.
 """
 
 from __future__ import annotations
@@ -31,6 +31,11 @@ class Card:
         """Bytes per second each way to the host as pinned copies reach them: PCIe 5 from Hopper on, else 4 or 3."""
         newest = self.bandwidth_gb >= 3000 or self.link in (_PCIE_5, _NVLINK_4, _NVLINK_5)
         return 45e9 if newest else 11e9 if not self.bf16 else 22e9
+
+    @property
+    def watts(self) -> float:
+        """Board power by the data sheet."""
+        return WATTS[self.name]
 
     @property
     def network(self) -> float:
@@ -89,6 +94,19 @@ CARDS: tuple[Card, ...] = (
 )
 # fmt: on
 
+# fmt: off
+#: Board power in watts, from the data sheets; of a configurable one the usual setting.
+WATTS: dict[str, float] = {
+    "B300-288GB": 1400, "B200-192GB": 1000, "GB200-192GB": 1200, "GH200-96GB": 700, "H200-141GB": 700,
+    "H100-80GB": 700, "H100-NVL-94GB": 400, "H100-PCIE-80GB": 350, "H800-80GB": 700, "H20-96GB": 400,
+    "A100-80GB": 400, "A100-PCIE-80GB": 300, "A100-40GB": 400, "A800-80GB": 400, "A30-24GB": 165, "A40-48GB": 300,
+    "A10-24GB": 150, "A10G-24GB": 300, "L40S-48GB": 350, "L40-48GB": 300, "L4-24GB": 72, "RTXPRO6000-96GB": 600,
+    "RTX6000ADA-48GB": 300, "RTXA6000-48GB": 300, "RTXA5000-24GB": 230, "RTX5090-32GB": 575, "RTX5080-16GB": 360,
+    "RTX4090-24GB": 450, "RTX4080-16GB": 320, "RTX4060TI-16GB": 165, "RTX3090-24GB": 350, "RTX3080-10GB": 320,
+    "RTX3060-12GB": 170, "RTX2080TI-11GB": 250, "T4-16GB": 70, "V100-32GB": 300, "V100-16GB": 300,
+}
+# fmt: on
+
 #: Of a CPU core, fp32: 16 lanes times multiply and add at about 2.5 GHz, the rate a well-kept matmul sustains.
 CPU_CORE_FLOPS = 80e9
 CPU_BANDWIDTH = 20e9  # bytes per second of one socket that one or two cores can draw
@@ -96,6 +114,7 @@ CPU_LINK = 1.5e9  # gloo between processes of one machine, bytes per second
 DEFAULT_NETWORK = 100e9 / 8  # between machines when nothing is said: 100 Gbit/s
 HOST_MEMORY_PER_CARD = 128 * GIB  # of a described node when nothing is said
 CORES_PER_CARD = 16
+DISK = 3e9  # bytes per second of one NVMe disk, for what is offloaded to it
 HOST_MEMORY_PER_CPU_RANK = 8 * GIB
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from foretune.artifacts import Cluster
 from foretune.config.schema import TrainConfig
+from foretune.planning.predict.memory import sums_apart
 from foretune.planning.strategy import Strategy, Workload, buckets_for
 
 #: DeepSpeed prints a line every so many steps; the journal already does.
@@ -26,6 +27,7 @@ def deepspeed_config(
     warmup_steps: int = 0,
     total_steps: int = 0,
     managed_gradient_accumulation: bool = False,
+    nvme_path: str | None = None,
 ) -> dict[str, Any]:
     """DeepSpeed's configuration of a strategy.
 
@@ -47,12 +49,17 @@ def deepspeed_config(
         "timers": {"throughput": {"enabled": False}},
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
-        "zero_optimization": _zero_section(work, strategy, cluster),
+        "zero_optimization": _zero_section(work, strategy, cluster, nvme_path),
         "data_types": {"grad_accum_dtype": work.accumulation_dtype},
     }
+    if sums_apart(work, strategy):
+        # fp32 sums are of no use if they are rounded to bf16 to be reduced, which DeepSpeed does even with one rank.
+        config["communication_data_type"] = "fp32"
     if work.precision == "bf16":
         # Immediately: a gradient is added to its fp32 sum and freed as soon as backward has made it.
         config["bf16"] = {"enabled": True, "immediate_grad_update": True}
+        if strategy.bf16_states:
+            config["bf16"] |= {"bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}
     elif work.precision == "fp16":
         # loss_scale 0 is DeepSpeed's word for dynamic loss scaling.
         config["fp16"] = {"enabled": True, "loss_scale": 0, "initial_scale_power": 16, "loss_scale_window": 1000}
@@ -65,7 +72,7 @@ def deepspeed_config(
     return config
 
 
-def _zero_section(work: Workload, strategy: Strategy, cluster: Cluster) -> dict[str, Any]:
+def _zero_section(work: Workload, strategy: Strategy, cluster: Cluster, nvme_path: str | None) -> dict[str, Any]:
     stage = strategy.zero_stage
     if stage == 0:
         return {"stage": 0}
@@ -77,8 +84,8 @@ def _zero_section(work: Workload, strategy: Strategy, cluster: Cluster) -> dict[
         "stage": stage,
         "overlap_comm": False,  # open reports of wrong gradients
         "contiguous_gradients": True,
-        "reduce_bucket_size": sizes.reduce,
-        "allgather_bucket_size": sizes.allgather,
+        "reduce_bucket_size": strategy.reduce_bucket_size,
+        "allgather_bucket_size": strategy.reduce_bucket_size,
     }
     if stage == 3:
         section |= {
@@ -86,7 +93,7 @@ def _zero_section(work: Workload, strategy: Strategy, cluster: Cluster) -> dict[
             "stage3_param_persistence_threshold": max(sizes.persistence, _largest_adapter(work)),
             "stage3_max_live_parameters": sizes.max_live,
             "stage3_max_reuse_distance": sizes.max_live,
-            "sub_group_size": sizes.sub_group,
+            "sub_group_size": strategy.sub_group_size,
             "stage3_gather_16bit_weights_on_model_save": False,  # weights are consolidated from the checkpoint, offline
         }
     if strategy.offload_optimizer:
@@ -95,6 +102,10 @@ def _zero_section(work: Workload, strategy: Strategy, cluster: Cluster) -> dict[
             section["offload_optimizer"]["ratio"] = strategy.offload_optimizer
     if strategy.offload_param:
         section["offload_param"] = {"device": "cpu", "pin_memory": pinned}
+    if strategy.nvme:
+        for name in ("offload_optimizer", "offload_param"):
+            if name in section:
+                section[name] |= {"device": "nvme", "nvme_path": nvme_path}
     return section
 
 

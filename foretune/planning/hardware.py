@@ -66,15 +66,20 @@ def probe(nproc: int | None = None) -> Cluster:
     )
 
 
-def parse_hardware(spec: str) -> Cluster:
-    """Read ``[NODESx]DEVICESxNAME[,ram=SIZE][,link=nvlink|pcie|RATE][,net=RATE][,cores=N]``, or ``auto`` to probe.
+def parse_hardware(spec: str, nproc: int | None = None) -> Cluster:
+    """Read ``[NODESx]DEVICESxNAME[,ram=SIZE][,link=RATE][,net=RATE][,cores=N][,disk=RATE][,price=P]``, or ``auto``.
+
+    ``price`` is of one device and hour, in any currency; with it, energy and cost are predicted. ``auto`` takes it too.
 
     Raises:
         UserError: (field ``--hardware``) not of that form, or an accelerator that nobody knows (with the nearest name).
     """
-    if spec.strip().lower() == "auto":
-        return probe()
     head, *options = [piece.strip() for piece in spec.split(",")]
+    if head.lower() == "auto":
+        given = _options(spec, options)
+        if set(given) - {"price"}:
+            raise UserError("--hardware", spec, "what is probed cannot be described too", "give price alone, or all")
+        return _with_options(probe(nproc), given)
     match = re.fullmatch(r"(?:(\d+)\s*[x×*]\s*)?(?:(\d+)\s*[x×*]\s*)?(\S.*)", head, re.IGNORECASE)
     if match is None or not head:
         raise UserError("--hardware", spec, "is not a description of hardware", _FORM)
@@ -88,7 +93,7 @@ def parse_hardware(spec: str) -> Cluster:
         host = int(given.get("ram", catalogue.HOST_MEMORY_PER_CPU_RANK * devices))
         network = given.get("net", catalogue.DEFAULT_NETWORK)
         cluster = _cpu_cluster(devices, nodes=nodes, host=host, cores=cores, network=network, probed=False)
-        return cluster.model_copy(update={"notes": _assumptions(given, cluster)})
+        return _with_options(cluster.model_copy(update={"notes": _assumptions(given, cluster)}), given)
     card = find_card(name)
     if card is None:
         raise UserError(
@@ -105,7 +110,13 @@ def parse_hardware(spec: str) -> Cluster:
         host_link_bandwidth=card.host_link,
         probed=False,
     )
-    return cluster.model_copy(update={"notes": _assumptions(given, cluster)})
+    return _with_options(cluster.model_copy(update={"notes": _assumptions(given, cluster)}), given)
+
+
+def _with_options(cluster: Cluster, given: dict[str, float]) -> Cluster:
+    return cluster.model_copy(
+        update={"disk_bandwidth": given.get("disk", catalogue.DISK), "price_per_hour": given.get("price")}
+    )
 
 
 def _assumptions(given: dict[str, float], cluster: Cluster) -> list[str]:
@@ -219,6 +230,7 @@ def _accelerator(card: Card, memory_bytes: int | None = None) -> Accelerator:
         fp16=True,
         peak_flops=card.peak_tflops * 1e12,
         memory_bandwidth=card.bandwidth_gb * 1e9,
+        watts=card.watts,
     )
 
 
@@ -284,10 +296,8 @@ def _options(spec: str, options: list[str]) -> dict[str, float]:
     for option in options:
         key, _, text = option.partition("=")
         key = key.strip().lower()
-        if key not in ("ram", "link", "net", "cores"):
-            raise UserError(
-                "--hardware", spec, f"there is no option {key!r}", "the options are ram, link, net and cores"
-            )
+        if key not in _UNITS:
+            raise UserError("--hardware", spec, f"there is no option {key!r}", f"the options are {', '.join(_UNITS)}")
         values[key] = _quantity(spec, key, text.strip().lower())
     return values
 
@@ -297,6 +307,8 @@ _UNITS: dict[str, dict[str, float]] = {
     "net": {"gbps": 1e9 / 8, "gbit/s": 1e9 / 8, "gb/s": 1e9, "": 1e9 / 8},
     "link": {"gb/s": 1e9, "gbps": 1e9 / 8, "": 1e9},
     "cores": {"": 1.0},
+    "disk": {"gb/s": 1e9, "mb/s": 1e6, "": 1e9},
+    "price": {"": 1.0},
 }
 
 

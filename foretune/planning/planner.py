@@ -2,54 +2,46 @@
 
     what is to be computed (precision, batch, rates) ──▶ Workload ──search──▶ how (stage, offload, …) ──▶ Plan
 
-The first half is mathematics and does not depend on how many devices there are (the precision excepted, which the
-hardware decides): a plan may change the layout, never the update. What a user has set is checked and kept.
+The first half is `foretune.planning.mathematics`. Kernels are chosen before the search, because they decide what is
+kept for backward; compiling is given up afterwards if the run is too short to pay for it.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 from pathlib import Path
-from typing import Any
 
 from foretune.artifacts import Cluster, Decision, Plan, Prediction, PreparedDataset
 from foretune.config import Config
 from foretune.errors import UserError
 from foretune.model.shape import ModelShape, read_shape
-from foretune.planning import memory, search
+from foretune.planning import explain, mend, search
+from foretune.planning import mathematics as maths
 from foretune.planning.deepspeed_config import deepspeed_config
 from foretune.planning.kernels import choose_attention, choose_compile
+from foretune.planning.mathematics import DataEstimate, DataFacts, decide
+from foretune.planning.predict import host
+from foretune.planning.predict.arithmetic import derivations
+from foretune.planning.predict.calibration import Calibration
+from foretune.planning.predict.timing import flops_per_row
 from foretune.planning.search import Candidate
 from foretune.planning.shapes import known_shape, nearest_names
-from foretune.planning.strategy import Precision, Workload
+from foretune.planning.strategy import Precision, Strategy, Workload, gib
 
-#: Without data: a number of tokens that is stated, not known.
-ASSUMED_TOKENS = 10_000_000
-ASSUMED_MAX_LENGTH = 2048
-STEPS_PER_EPOCH_AIM = 100
-MOST_ROWS = 64
-FEWEST_DOCUMENTS = 8
 #: Rows that are not packed are padded to the longest of their micro-batch.
 _PADDED = 1.25
 
-#: Of the training time, what saving checkpoints may take.
-SAVING_SHARE = 0.05
-#: A checkpoint is written, synced and hashed at about this rate (measured: 0.1 to 0.4 GB/s on virtual disks).
-SAVING_BYTES_PER_SECOND = 0.3e9
-
 
 @dataclass(frozen=True)
-class DataFacts:
-    """What the plan knows of the data: measured where there is a prepared set, assumed (and said so) where not."""
+class _Layout:
+    """The outcome of the search: the workload with its kernels, every candidate, the winner."""
 
-    max_length: int
-    packs: int  # rows of one epoch when packed; a global batch is counted in these, packed or not
-    documents: int
-    tokens: int
-    document_length: float  # mean, at most max_length
-    length_reason: str
-    source: str
+    work: Workload
+    candidates: list[Candidate]
+    best: Candidate
+    attention: Decision
+    compiling: Decision
 
 
 def make_plan(
@@ -59,42 +51,46 @@ def make_plan(
     cluster: Cluster,
     prepared: PreparedDataset | None,
     tokens: int | None = None,
+    estimate: DataEstimate | None = None,
+    calibration: Calibration | None = None,
 ) -> Plan:
     """Decide everything that was left open.
 
     Args:
         model_folder: a folder with a config.json, or a name from the built-in table of public models.
         tokens: of one epoch, where there is no prepared data.
+        estimate: of data that is not prepared, from a sample of its rows.
+        calibration: what earlier runs on this machine measured.
 
     Raises:
         UserError: a pin or setting that cannot be, with the figures and its field.
         NoPlanFits: nothing fits, and nothing was pinned that forbids it.
     """
     shape = shape_for(model_folder)
-    data = data_facts(config, shape, prepared, tokens)
-    precision = choose_precision(config, cluster)
-    accumulation = choose_accumulation_dtype(config, precision.value)
-    batch = choose_global_batch(config, data)
+    _refuse_quantised(config, shape, str(model_folder))
+    data = maths.data_facts(config, shape, prepared, tokens, estimate)
+    precision = maths.choose_precision(config, cluster)
+    accumulation = maths.choose_accumulation_dtype(config, precision.value)
+    batch = maths.choose_global_batch(config, data)
     work = workload(config, shape, data, precision=precision.value, accumulation=accumulation.value, packs=batch.value)
+    per_epoch, total = maths.steps_of(config, data, batch.value)
+    if calibration is not None:
+        work = replace(work, pace=calibration.pace(cluster, config.method))
     search.refuse_impossible_pins(config, work, cluster)
-
-    candidates = [search.evaluate(work, strategy, cluster) for strategy in search.search_space(config, work, cluster)]
-    best = search.choose(config, work, cluster, candidates)
-    chosen = best.strategy
-    per_epoch, total = steps_of(config, data, batch.value)
-    rate = choose_learning_rate(config, shape.parameters)
-    saved = memory.checkpoint_bytes(work, chosen)
-    every = choose_checkpoint_every(config, total, step_seconds=best.seconds, checkpoint_bytes=saved)
-    mathematics = [
-        precision,
-        accumulation,
-        batch,
-        decide("train.max_length", data.max_length, data.length_reason),
-        rate,
-    ]
-    layout = search.explain_strategy(config, work, cluster, best, candidates)
-    attention = choose_attention(config, work, cluster)
-    compiling = choose_compile(config, work, cluster, zero_stage=chosen.zero_stage, total_seconds=total * best.seconds)
+    layout = _lay_out(config, work, cluster, total_steps=total)
+    work, best, chosen = layout.work, layout.best, layout.best.strategy
+    if chosen.bf16_states:
+        accumulation = decide(accumulation.field, work.precision, "a bf16 master is stepped with bf16 gradients")
+    rate = maths.choose_learning_rate(config, shape.parameters)
+    saved = host.checkpoint_bytes(work, chosen)
+    every = maths.choose_checkpoint_every(config, total, step_seconds=best.seconds, checkpoint_bytes=saved)
+    length = decide("train.max_length", data.max_length, data.length_reason)
+    mathematics = [precision, accumulation, batch, length, rate]
+    how = explain.explain_strategy(config, work, cluster, best, layout.candidates)
+    kernels, notes = [layout.attention, layout.compiling], _notes(shape, cluster, data)
+    snapshot = _snapshot_decision(work, chosen, cluster)
+    pace = [] if calibration is None else calibration.decisions(cluster, config.method, chosen.zero_stage)
+    tokens_of_step = batch.value * data.tokens / data.packs
     return Plan(
         model=str(model_folder),
         method=config.method,
@@ -106,28 +102,103 @@ def make_plan(
         zero_stage=chosen.zero_stage,
         offload_optimizer=chosen.offload_optimizer,
         offload_param=chosen.offload_param,
+        optimizer_dtype="bf16" if chosen.bf16_states else "fp32",
         micro_batch_size_per_gpu=chosen.micro_batch_size,
         gradient_accumulation_steps=chosen.accumulation_steps,
         gradient_accumulation_dtype=accumulation.value,
         checkpointed_layers=chosen.checkpointed_layers,
         loss_chunk_tokens=chosen.loss_chunk_tokens,
-        attention=attention.value,
-        compile_layers=compiling.value,
+        attention=layout.attention.value,
+        compile_layers=layout.compiling.value,
         global_batch_size=batch.value,
         max_length=data.max_length,
         packing=config.data.packing,
         learning_rate=rate.value,
         optimizer=config.train.optimizer,
         schedule=config.train.schedule,
-        warmup_steps=warmup_steps_of(config, total),
+        warmup_steps=maths.warmup_steps_of(config, total),
         total_steps=total,
         steps_per_epoch=per_epoch,
         checkpoint_every=every.value,
-        deepspeed_config=deepspeed_config(work, chosen, cluster, train=config.train),
-        decisions=[*mathematics, *layout, attention, compiling, every, *_notes(shape, cluster, data)],
-        predicted=prediction(work, best, packs=batch.value, total_steps=total, keep=config.checkpoint.keep, data=data),
-        rejected=search.rejected_families(cluster, candidates, best),
+        deepspeed_config=deepspeed_config(
+            search.work_for(work, chosen), chosen, cluster, train=config.train, nvme_path=config.plan.nvme_path
+        ),
+        decisions=[*mathematics, *how, *kernels, every, *snapshot, *pace, *notes],
+        predicted=prediction(
+            work, best, cluster, tokens=tokens_of_step, total_steps=total, keep=config.checkpoint.keep, data=data
+        ),
+        rejected=explain.rejected_families(work, cluster, layout.candidates, best, tokens=tokens_of_step),
+        arithmetic=derivations(search.work_for(work, chosen), chosen, cluster),
     )
+
+
+def _lay_out(config: Config, work: Workload, cluster: Cluster, *, total_steps: int) -> _Layout:
+    """Search with compiled layers where they may be, and again without if the run then is too short for them."""
+    attention = choose_attention(config, work, cluster)
+    work = replace(work, attention=attention.value)
+    stage = 3 if config.plan.zero_stage == 3 else 0
+    compiling = choose_compile(config, work, cluster, zero_stage=stage, total_seconds=float("inf"))
+    if compiling.value:
+        candidates, best = _search(config, replace(work, compiled=True), cluster)
+        if best is not None:
+            seconds = total_steps * best.seconds
+            compiling = choose_compile(
+                config, work, cluster, zero_stage=best.strategy.zero_stage, total_seconds=seconds
+            )
+            if compiling.value or best.strategy.zero_stage == 3:
+                return _Layout(replace(work, compiled=True), candidates, best, attention, compiling)
+    candidates, best = _search(config, work, cluster)
+    if best is None:
+        raise mend.nothing_fits(config, work, cluster, candidates)
+    return _Layout(work, candidates, best, attention, compiling)
+
+
+def _search(config: Config, work: Workload, cluster: Cluster) -> tuple[list[Candidate], Candidate | None]:
+    candidates = [search.evaluate(work, strategy, cluster) for strategy in search.search_space(config, work, cluster)]
+    return candidates, search.fastest(candidates)
+
+
+def work_and_strategy(config: Config, plan: Plan, shape: ModelShape) -> tuple[Workload, Strategy]:
+    """What a plan was computed from: for those who compute more of it."""
+    rows = plan.global_batch_size
+    data = DataFacts(plan.max_length, rows, rows, rows * plan.max_length, float(plan.max_length), "", "")
+    work = workload(
+        config, shape, data, precision=plan.precision, accumulation=plan.gradient_accumulation_dtype, packs=rows
+    )
+    zero = plan.deepspeed_config["zero_optimization"]
+    strategy = Strategy(
+        zero_stage=plan.zero_stage,
+        micro_batch_size=plan.micro_batch_size_per_gpu,
+        accumulation_steps=plan.gradient_accumulation_steps,
+        checkpointed_layers=plan.checkpointed_layers,
+        offload_optimizer=plan.offload_optimizer,
+        offload_param=plan.offload_param,
+        loss_chunk_tokens=plan.loss_chunk_tokens,
+        reduce_bucket_size=zero.get("reduce_bucket_size", 0),
+        sub_group_size=zero.get("sub_group_size", 1),
+        bf16_states=plan.optimizer_dtype == "bf16",
+        nvme=zero.get("offload_optimizer", {}).get("device") == "nvme",
+    )
+    return replace(work, attention=plan.attention, compiled=plan.compile_layers), strategy
+
+
+def _refuse_quantised(config: Config, shape: ModelShape, model: str) -> None:
+    if shape.quantised is None:
+        return
+    why = f"its weights are quantised ({shape.quantised}); full training has no use for them"
+    if config.method == "lora":
+        why = f"its weights are quantised ({shape.quantised}), and DeepSpeed cannot partition those (QLoRA at ZeRO-3)"
+        if config.plan.zero_stage != 3:
+            why = f"its weights are quantised ({shape.quantised}), and foretune trains adapters on whole weights only"
+    raise UserError("model", model, why, "give the model it was made from")
+
+
+def _snapshot_decision(work: Workload, strategy: Strategy, cluster: Cluster) -> list[Decision]:
+    """Whether checkpoints can be written behind the training: they lie in host memory meanwhile."""
+    size = gib(host.snapshot_bytes(work, strategy, cluster))
+    if host.snapshot_fits(work, strategy, cluster):
+        return [decide("checkpoint", "behind training", f"a copy of {size} a machine waits in host memory meanwhile")]
+    return [decide("checkpoint", "training waits", f"host memory has no room for a copy of {size} a machine")]
 
 
 def shape_for(model_folder: Path | str) -> ModelShape:
@@ -184,203 +255,39 @@ def workload(
 
 
 def prediction(
-    work: Workload, one: Candidate, *, packs: int, total_steps: int, keep: int, data: DataFacts
+    work: Workload,
+    one: Candidate,
+    cluster: Cluster,
+    *,
+    tokens: float,
+    total_steps: int,
+    keep: int,
+    data: DataFacts,
 ) -> Prediction:
-    """What the chosen strategy is expected to take."""
-    checkpoint = memory.checkpoint_bytes(work, one.strategy)
-    tokens = packs * data.tokens / data.packs
+    """What the chosen strategy is expected to take; `tokens` of a step."""
+    checkpoint = host.checkpoint_bytes(work, one.strategy)
     # The newest is written before the oldest is deleted; the export holds the weights once more.
     disk = (keep + 1) * checkpoint + work.parameter_bytes * work.parameters + 8 * data.tokens
+    host_parts = host.host_parts(work, one.strategy, cluster)
+    if host.snapshot_fits(work, one.strategy, cluster):
+        host_parts["snapshot of a checkpoint"] = host.snapshot_bytes(work, one.strategy, cluster)
+    total_seconds = total_steps * one.seconds
+    flops = work.rows * flops_per_row(work) / (one.seconds * cluster.world_size)
+    device_hours = cluster.world_size * total_seconds / 3600
+    price, watts = cluster.price_per_hour, cluster.accelerator.watts
     return Prediction(
         gpu_memory_bytes=one.device.peak,
         gpu_memory_parts=one.device.parts,
-        host_memory_bytes_per_node=one.host_bytes,
+        peak_phase=one.device.phase,
+        host_memory_bytes_per_node=sum(host_parts.values()),
+        host_memory_parts=host_parts,
         checkpoint_bytes=checkpoint,
         disk_bytes=disk,
         step_seconds=one.seconds,
+        step_parts=one.time.parts,
         tokens_per_second=tokens / one.seconds,
-        total_seconds=total_steps * one.seconds,
-    )
-
-
-def decide(config_field: str, value: Any, reason: str, *, pinned: bool = False) -> Decision:
-    """A decision about a dotted key."""
-    return Decision(field=config_field, value=value, reason=reason, pinned=pinned)
-
-
-def data_facts(config: Config, shape: ModelShape, prepared: PreparedDataset | None, tokens: int | None) -> DataFacts:
-    """Lengths and counts, from the prepared set or assumed.
-
-    Raises:
-        UserError: (field ``train.max_length``) longer than learned positions reach, or not what the data has.
-    """
-    asked = config.train.max_length
-    learned_positions = shape.position_parameters > 0
-    if asked != "auto" and asked > shape.context_length and learned_positions:
-        raise UserError(
-            "train.max_length",
-            asked,
-            f"this model has learned positions for {shape.context_length} tokens only",
-            f"use at most {shape.context_length}",
-        )
-    if prepared is not None:
-        if asked not in ("auto", prepared.max_length):
-            raise UserError(
-                "train.max_length",
-                asked,
-                f"the data was prepared with rows of {prepared.max_length} tokens",
-                "run prepare again, or remove the key",
-            )
-        documents = max(1, prepared.documents)
-        length = min(float(prepared.max_length), max(1.0, prepared.tokens / documents))
-        source = f"measured: {prepared.tokens:,} tokens in {documents:,} documents"
-        reason = prepared.max_length_reason
-        return DataFacts(
-            prepared.max_length, max(1, prepared.packs), documents, prepared.tokens, length, reason, source
-        )
-    max_length = asked if asked != "auto" else min(ASSUMED_MAX_LENGTH, shape.context_length)
-    count = tokens if tokens is not None else ASSUMED_TOKENS
-    packs = max(1, ceil(count / max_length))
-    source = "as given" if tokens is not None else "no data given: assumed"
-    reason = "as set" if asked != "auto" else f"no data given: {ASSUMED_MAX_LENGTH}, or the model's context if shorter"
-    return DataFacts(max_length, packs, packs, count, float(max_length), reason, f"{count:,} tokens an epoch, {source}")
-
-
-def choose_precision(config: Config, cluster: Cluster) -> Decision:
-    """fp32 on a CPU, bf16 on a GPU that has it, else fp16.
-
-    Raises:
-        UserError: (field ``train.precision``) what the hardware cannot compute.
-    """
-    asked, accelerator = config.train.precision, cluster.accelerator
-    if asked == "auto":
-        if accelerator.kind == "cpu":
-            return decide("train.precision", "fp32", "CPUs are fastest and exact in fp32")
-        if accelerator.bf16:
-            return decide(
-                "train.precision",
-                "bf16",
-                f"{accelerator.name} has bf16: half the memory, fp32's range, no loss scaling",
-            )
-        return decide("train.precision", "fp16", f"{accelerator.name} has no bf16; fp16 with dynamic loss scaling")
-    if asked == "fp16" and not accelerator.fp16:
-        raise UserError("train.precision", asked, "DeepSpeed refuses fp16 on a CPU", "use fp32 or auto")
-    if asked == "bf16" and accelerator.kind == "cuda" and not accelerator.bf16:
-        raise UserError("train.precision", asked, f"{accelerator.name} has no bf16", "use fp16 or auto")
-    reason = "as set"
-    if asked == "bf16" and accelerator.kind == "cpu" and not accelerator.bf16:
-        reason = "as set; this CPU has neither AVX-512 BF16 nor AMX, so expect about 20 times the time of fp32"
-    return decide("train.precision", asked, reason, pinned=True)
-
-
-def choose_accumulation_dtype(config: Config, precision: Precision) -> Decision:
-    """fp32 unless set: many small 16-bit gradients added up in 16 bits lose the small ones.
-
-    Raises:
-        UserError: (field ``plan.gradient_accumulation_dtype``) a 16-bit format that is not the model's.
-    """
-    asked, field = config.plan.gradient_accumulation_dtype, "plan.gradient_accumulation_dtype"
-    if asked == "auto":
-        if precision != "fp32" and config.plan.zero_stage == 0:
-            return decide(field, precision, f"ZeRO-0 can only add gradients up in {precision}")
-        reason = (
-            "sums of many gradients lose their small terms in 16 bits"
-            if precision != "fp32"
-            else "the gradients are fp32"
-        )
-        return decide(field, "fp32", reason)
-    if asked not in ("fp32", precision):
-        raise UserError(
-            field, asked, f"gradients computed in {precision} cannot be added up in {asked}", f"use fp32 or {precision}"
-        )
-    return decide(field, asked, "as set", pinned=True)
-
-
-def choose_global_batch(config: Config, data: DataFacts) -> Decision:
-    """Rows per update: about 100 updates an epoch, a power of two, 1 to 64 rows, at least 8 documents."""
-    asked, field = config.train.global_batch_size, "train.global_batch_size"
-    if asked != "auto":
-        return decide(field, asked, "as set", pinned=True)
-    documents_per_row = data.documents / data.packs
-    wanted = max(data.packs / STEPS_PER_EPOCH_AIM, FEWEST_DOCUMENTS / documents_per_row)
-    rows = 1
-    while 2 * rows <= min(MOST_ROWS, data.packs):
-        if 2 * rows > wanted and rows * documents_per_row >= FEWEST_DOCUMENTS:
-            break
-        rows *= 2
-    steps = ceil(data.packs / rows)
-    return decide(
-        field,
-        rows,
-        f"{steps:,} updates an epoch of {data.packs:,} packed rows, each {rows * documents_per_row:,.0f} documents",
-    )
-
-
-def steps_of(config: Config, data: DataFacts, global_batch_size: int) -> tuple[int, int]:
-    """(steps of one epoch, steps of the run). The last batch of an epoch may be smaller: batches never span epochs."""
-    per_epoch = max(1, ceil(data.packs / global_batch_size))
-    total = config.train.max_steps or max(1, ceil(config.train.epochs * per_epoch))
-    return per_epoch, total
-
-
-def choose_learning_rate(config: Config, parameters: int) -> Decision:
-    """Peak learning rate by method and size.
-
-    Full fine-tuning with Adam: the larger the model, the smaller the step that does not destroy what it knows. 5e-4
-    below 50M and 1e-4 below 300M (small models forget little and learn slowly), 2e-5 below 2B (Alpaca; Llama 2's SFT),
-    1e-5 above (most SFT of 7B-70B). LoRA wants about ten times as much (Schulman et al. 2025, "LoRA Without Regret"):
-    2e-4 is the field's practice up to 20B, 1e-4 above (QLoRA, Dettmers et al. 2023). From random weights: GPT-3's table
-    (Brown et al. 2020, table 2.1). SGD has no scale per parameter: with the gradient's norm clipped to 1 and momentum
-    0.9, 5e-2 moves the weights about as far per step as Adam does with the values above (lr · sqrt(parameters) / 10).
-    """
-    train, field = config.train, "train.learning_rate"
-    if train.learning_rate != "auto":
-        return decide(field, train.learning_rate, "as set", pinned=True)
-    size = f"{parameters / 1e9:.2f}B" if parameters >= 1e9 else f"{parameters / 1e6:.1f}M"
-    if train.optimizer == "sgd":
-        return decide(
-            field, 5e-2, "SGD has no per-parameter scale: with clipped gradients it needs a far larger step than Adam"
-        )
-    if config.from_scratch:
-        table = [(50e6, 1e-3), (300e6, 6e-4), (1e9, 3e-4), (5e9, 2e-4), (float("inf"), 1.2e-4)]
-        why = "random weights of"
-    elif config.method == "lora":
-        table = [(50e6, 2e-3), (300e6, 1e-3), (20e9, 2e-4), (float("inf"), 1e-4)]
-        why = "LoRA on"
-    else:
-        table = [(50e6, 5e-4), (300e6, 1e-4), (2e9, 2e-5), (float("inf"), 1e-5)]
-        why = "full fine-tuning of"
-    rate = next(rate for limit, rate in table if parameters < limit)
-    return decide(field, rate, f"{why} {size} parameters; the larger the model, the smaller the step")
-
-
-def warmup_steps_of(config: Config, total_steps: int) -> int:
-    """Steps in which the learning rate rises."""
-    return min(total_steps, ceil(config.train.warmup_ratio * total_steps))
-
-
-def choose_checkpoint_every(
-    config: Config, total_steps: int, *, step_seconds: float, checkpoint_bytes: int
-) -> Decision:
-    """A bound on lost work, as far as it is worth its price.
-
-    A tenth of the run or 15 minutes, whichever comes first, but never so often that saving takes more than
-    `SAVING_SHARE` of the time. (A 0.5B model's 8 GB, saved every third step of 0.3 s, took 99 % of a run on an H100.)
-    """
-    asked, field = config.checkpoint.every, "checkpoint.every"
-    if asked != "auto":
-        return decide(field, asked, "as set", pinned=True)
-    step_seconds = max(step_seconds, 1e-6)
-    by_loss = max(1, min(ceil(total_steps / 10), int(15 * 60 / step_seconds)))
-    save_seconds = checkpoint_bytes / SAVING_BYTES_PER_SECOND
-    by_price = ceil(save_seconds / (SAVING_SHARE * step_seconds))
-    every = min(total_steps, max(by_loss, by_price))
-    lost = every * step_seconds
-    bound = f"{lost / 60:.0f} minutes" if lost >= 120 else f"{lost:.0f} seconds"
-    if by_price > by_loss:
-        why = f"saving {checkpoint_bytes / 1e9:.1f} GB takes about {save_seconds:.0f} s"
-        limit = f"is to take {SAVING_SHARE:.0%} of the time at most"
-        return decide(field, every, f"{why}, and {limit}: up to {bound} of work can be lost")
-    return decide(
-        field, every, f"a tenth of the run or 15 minutes, whichever is less: at most {bound} of work can be lost"
+        total_seconds=total_seconds,
+        mfu=flops / cluster.accelerator.peak_flops,
+        energy_kwh=device_hours * watts / 1000 if price is not None and watts else None,
+        cost=None if price is None else device_hours * price,
     )

@@ -45,7 +45,7 @@ def after_out_of_memory(plan: Plan) -> Plan | None:
 
 def _layers(model: str) -> int:
     shape = known_shape(model) if not Path(model).exists() else None
-    return (shape or read_shape(model)).layers
+    return (shape or read_shape(model)).num_layers
 
 
 def _changed(plan: Plan, decision: Decision, **changes: Any) -> Plan:

@@ -1,10 +1,12 @@
-"""The search: which layouts there are, which fit, which is fastest, and the figures that made the others lose.
+"""The search: which layouts there are, which fit, which is fastest.
 
-    stage × offload × micro-batch × checkpointed layers ──memory──▶ those that fit ──time──▶ the fastest
+    stage × offload × optimizer's format × micro-batch × chunk of the loss × checkpointed layers
+        ──memory──▶ those that fit ──time──▶ the fastest
 
-For each stage, offload and micro-batch the fewest checkpointed layers that fit are found by bisection: each costs time
+For each layout, micro-batch and chunk the fewest checkpointed layers that fit are found by bisection: each costs time
 and frees memory, so nothing between is worth looking at. Of candidates within 2 % of the fastest, the one with the
-least machinery and memory wins. Pins narrow the search; what they forbid is refused with figures.
+least machinery and memory wins. Pins narrow the search; what cannot be is refused with the reason. Buckets and
+sub-groups are derived from the model (`buckets_for`) unless they are pinned.
 """
 
 from __future__ import annotations
@@ -13,12 +15,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from math import ceil
 
-from foretune.artifacts import Alternative, Cluster, Decision
+from foretune.artifacts import Cluster
 from foretune.config import Config
-from foretune.errors import NoPlanFits, UserError
-from foretune.planning import memory, timing
-from foretune.planning.memory import DeviceMemory
-from foretune.planning.strategy import Stage, Strategy, Workload, gib
+from foretune.errors import UserError
+from foretune.planning.predict import host, memory, timing
+from foretune.planning.predict.memory import DeviceMemory
+from foretune.planning.predict.timing import StepTime
+from foretune.planning.strategy import Stage, Strategy, Workload
 
 #: Tokens of one micro-batch on a CPU beyond which nothing gets faster and only memory is spent.
 CPU_MICRO_BATCH_TOKENS = 4096
@@ -26,6 +29,8 @@ CPU_MICRO_BATCH_TOKENS = 4096
 EQUALLY_FAST = 1.02
 #: Shares of the optimizer that may be offloaded at stage 3.
 OFFLOAD_RATIOS = tuple(round(0.1 * tenth, 1) for tenth in range(1, 11))
+#: Tokens whose logits may exist at the same time: more is faster up to about 4096, less needs less memory.
+LOSS_CHUNKS = (4096, 2048, 1024, 512)
 
 
 @dataclass(frozen=True)
@@ -35,7 +40,7 @@ class Candidate:
     strategy: Strategy
     device: DeviceMemory
     host_bytes: int
-    seconds: float
+    time: StepTime
     fits_device: bool
     fits_host: bool
 
@@ -43,51 +48,32 @@ class Candidate:
     def fits(self) -> bool:
         return self.fits_device and self.fits_host
 
+    @property
+    def seconds(self) -> float:
+        """Of one optimizer step."""
+        return self.time.total
+
 
 def refuse_impossible_pins(config: Config, work: Workload, cluster: Cluster) -> None:
     """What no amount of memory would make right."""
-    plan, layers = config.plan, work.shape.num_layers
+    plan, layers, on_cpu = config.plan, work.shape.num_layers, cluster.accelerator.kind == "cpu"
+    share, field = _pinned_share(config), "plan.offload_optimizer"
     if plan.checkpointed_layers != "auto" and plan.checkpointed_layers > layers:
-        raise UserError(
-            "plan.checkpointed_layers",
-            plan.checkpointed_layers,
-            f"the model has {layers} layers",
-            f"use at most {layers}",
-        )
+        problem = f"the model has {layers} layers"
+        raise UserError("plan.checkpointed_layers", plan.checkpointed_layers, problem, f"use at most {layers}")
     if plan.offload_param is True and plan.zero_stage not in ("auto", 3):
-        raise UserError(
-            "plan.offload_param",
-            True,
-            f"ZeRO-{plan.zero_stage} keeps whole parameters on the device",
-            "set plan.zero_stage to 3",
-        )
-    share = _pinned_share(config)
-    if share is not None and 0 < share < 1 and cluster.accelerator.kind == "cpu":
-        raise UserError(
-            "plan.offload_optimizer", share, "on a CPU there is no device to share the optimizer with", "remove the key"
-        )
+        problem = f"ZeRO-{plan.zero_stage} keeps whole parameters on the device"
+        raise UserError("plan.offload_param", True, problem, "set plan.zero_stage to 3")
+    if share is not None and 0 < share < 1 and on_cpu:
+        raise UserError(field, share, "on a CPU there is no device to share the optimizer with", "remove the key")
     if share and plan.zero_stage == 0:
-        raise UserError(
-            "plan.offload_optimizer",
-            plan.offload_optimizer,
-            "ZeRO-0 cannot offload",
-            "set plan.zero_stage to 1, 2 or 3",
-        )
+        raise UserError(field, plan.offload_optimizer, "ZeRO-0 cannot offload", "set plan.zero_stage to 1, 2 or 3")
     if share is not None and 0 < share < 1:
         if plan.zero_stage not in ("auto", 3):
-            raise UserError(
-                "plan.offload_optimizer",
-                share,
-                "only ZeRO-3 offloads a part of the optimizer",
-                "set plan.zero_stage to 3",
-            )
+            raise UserError(field, share, "only ZeRO-3 offloads a part of the optimizer", "set plan.zero_stage to 3")
         if config.train.optimizer != "adamw":
-            raise UserError(
-                "plan.offload_optimizer",
-                share,
-                "DeepSpeed offloads a part of the optimizer for AdamW only",
-                "use true or false",
-            )
+            problem = "DeepSpeed offloads a part of the optimizer for AdamW only"
+            raise UserError(field, share, problem, "use true or false")
     if plan.zero_stage == 0 and work.accumulation_dtype != work.precision:
         raise UserError(
             "plan.gradient_accumulation_dtype",
@@ -95,6 +81,25 @@ def refuse_impossible_pins(config: Config, work: Workload, cluster: Cluster) -> 
             f"ZeRO-0 can only add gradients up in {work.precision}",
             f"use {work.precision}, or plan.zero_stage 1",
         )
+    if plan.nvme_path is not None and on_cpu:
+        raise UserError("plan.nvme_path", plan.nvme_path, "DeepSpeed swaps a GPU's states only", "remove the key")
+    if plan.optimizer_dtype == "bf16":
+        _refuse_bf16_states(config, work, share)
+
+
+def _refuse_bf16_states(config: Config, work: Workload, share: float | None) -> None:
+    """What bf16 masters need (DeepSpeed 0.19.8: runtime/config.py, base_optimizer.py): bf16, a stage, no CPUAdam."""
+    plan, field = config.plan, "plan.optimizer_dtype"
+    if not config.allow_numerics:
+        raise UserError(field, "bf16", "changes the numerics of training", "add --allow-numerics, or use fp32")
+    if work.precision != "bf16":
+        raise UserError(field, "bf16", f"the model trains in {work.precision}", "use fp32, or train.precision bf16")
+    if plan.zero_stage == 0:
+        raise UserError(field, "bf16", "ZeRO-0 keeps fp32 states", "set plan.zero_stage to 1, 2 or 3")
+    if share or plan.offload_param is True:
+        raise UserError(field, "bf16", "offloaded states are fp32 here", "set plan.offload_optimizer to false")
+    if plan.gradient_accumulation_dtype == "fp32":
+        raise UserError(field, "bf16", "a bf16 master is stepped with bf16 gradients", "do not pin the sums to fp32")
 
 
 def _pinned_share(config: Config) -> float | None:
@@ -102,38 +107,71 @@ def _pinned_share(config: Config) -> float | None:
     return None if asked == "auto" else float(asked)
 
 
+def work_for(work: Workload, strategy: Strategy) -> Workload:
+    """The work as a strategy does it: a bf16 master is stepped with gradients that are summed in bf16."""
+    return replace(work, accumulation_dtype=work.precision) if strategy.bf16_states else work
+
+
 def search_space(config: Config, work: Workload, cluster: Cluster) -> Iterator[Strategy]:
-    """Every combination worth looking at, with pins kept; layers are still to be chosen by `evaluate`'s caller."""
-    for stage, share, offload_param in _layouts(config, work, cluster):
-        for micro_batch, steps in _batches(config, work, cluster):
-            strategy = Strategy(
-                stage, micro_batch, steps, 0, share, offload_param, min(2048, micro_batch * work.max_length)
-            )
-            asked = config.plan.checkpointed_layers
-            layers = fewest_layers(work, strategy, cluster) if asked == "auto" else asked
-            yield replace(strategy, checkpointed_layers=layers)
+    """Every combination worth looking at, with pins kept."""
+    pinned_layers, pinned_chunk = config.plan.checkpointed_layers, config.plan.loss_chunk_tokens
+    batches = list(_batches(config, work, cluster))
+    for layout in _layouts(config, work, cluster):
+        for micro_batch, steps in batches:
+            tokens = micro_batch * work.max_length
+            chunks = sorted({min(chunk, tokens) for chunk in LOSS_CHUNKS}, reverse=True)
+            fewest: int | None = None
+            for chunk in chunks if pinned_chunk == "auto" else (pinned_chunk,):
+                batch = replace(layout, micro_batch_size=micro_batch, accumulation_steps=steps, loss_chunk_tokens=chunk)
+                layers = fewest_layers(work_for(work, batch), batch, cluster, at_most=fewest)
+                layers = layers if pinned_layers == "auto" else pinned_layers
+                if fewest is None or layers < fewest or chunk == chunks[-1]:
+                    yield replace(batch, checkpointed_layers=layers)
+                if layers == 0:
+                    break  # smaller chunks are slower, and nothing is left to be saved
+                fewest = layers
 
 
-def _layouts(config: Config, work: Workload, cluster: Cluster) -> Iterator[tuple[Stage, float, bool]]:
-    """Stage, share of the optimizer in host memory, parameters in host memory."""
-    plan, pinned = config.plan, _pinned_share(config)
+def _layouts(config: Config, work: Workload, cluster: Cluster) -> Iterator[Strategy]:
+    """Stage, what is offloaded and where to, the format of the optimizer's states; one row a micro-batch."""
+    plan, pinned, base = config.plan, _pinned_share(config), Strategy(0, 1, 1).sized_for(work)
+    if plan.reduce_bucket_size != "auto":
+        base = replace(base, reduce_bucket_size=plan.reduce_bucket_size)
+    if plan.sub_group_size != "auto":
+        base = replace(base, sub_group_size=plan.sub_group_size)
     stages: tuple[Stage, ...] = (0, 1, 2, 3) if plan.zero_stage == "auto" else (plan.zero_stage,)
     for stage in stages:
         if stage == 0 and work.accumulation_dtype != work.precision:
             continue  # DeepSpeed has no ZeRO-0 with 16-bit weights and fp32 accumulation
-        if pinned is not None:
-            shares: tuple[float, ...] = (pinned,)
-        elif cluster.accelerator.kind == "cpu" or stage <= 1:
-            shares = (0.0,)  # ZeRO-1 keeps whole gradients on the device: ZeRO-2 offloads the same with less
-        elif stage == 3 and config.train.optimizer == "adamw":
-            shares = (0.0, *OFFLOAD_RATIOS)
-        else:
-            shares = (0.0, 1.0)
-        for share in shares:
+        if plan.optimizer_dtype != "fp32" and _may_have_bf16_states(config, work, stage):
+            yield replace(base, zero_stage=stage, bf16_states=True)
+        if plan.optimizer_dtype == "bf16":
+            continue
+        for share in _shares(config, cluster, stage, pinned):
             if (share and stage == 0) or (0 < share < 1 and stage != 3):
                 continue
             for offload_param in _param_offloads(config, cluster, stage, share):
-                yield stage, share, offload_param
+                one = replace(base, zero_stage=stage, offload_optimizer=share, offload_param=offload_param)
+                yield one
+                if plan.nvme_path is not None and stage == 3 and share == 1:
+                    yield replace(one, nvme=True)
+
+
+def _may_have_bf16_states(config: Config, work: Workload, stage: Stage) -> bool:
+    plan = config.plan
+    offloads = bool(_pinned_share(config)) or plan.offload_param is True
+    sums_may_change = plan.gradient_accumulation_dtype != "fp32"
+    return config.allow_numerics and work.precision == "bf16" and stage > 0 and not offloads and sums_may_change
+
+
+def _shares(config: Config, cluster: Cluster, stage: Stage, pinned: float | None) -> tuple[float, ...]:
+    if pinned is not None:
+        return (pinned,)
+    if cluster.accelerator.kind == "cpu" or stage <= 1:
+        return (0.0,)  # ZeRO-1 keeps whole gradients on the device: ZeRO-2 offloads the same with less
+    if stage == 3 and config.train.optimizer == "adamw":
+        return (0.0, *OFFLOAD_RATIOS)
+    return (0.0, 1.0)
 
 
 def _param_offloads(config: Config, cluster: Cluster, stage: Stage, share: float) -> tuple[bool, ...]:
@@ -171,9 +209,10 @@ def _batches(config: Config, work: Workload, cluster: Cluster) -> Iterator[tuple
         yield size, steps
 
 
-def fewest_layers(work: Workload, strategy: Strategy, cluster: Cluster) -> int:
+def fewest_layers(work: Workload, strategy: Strategy, cluster: Cluster, *, at_most: int | None = None) -> int:
     """The fewest checkpointed layers that fit the device; all of them if none fit."""
-    limit, low, high = memory.budget(cluster), 0, work.shape.num_layers
+    limit, low = memory.budget(cluster), 0
+    high = work.shape.num_layers if at_most is None else at_most
 
     def fits(layers: int) -> bool:
         return memory.device_memory(work, replace(strategy, checkpointed_layers=layers), cluster).peak <= limit
@@ -190,178 +229,50 @@ def fewest_layers(work: Workload, strategy: Strategy, cluster: Cluster) -> int:
 
 def evaluate(work: Workload, strategy: Strategy, cluster: Cluster) -> Candidate:
     """A strategy's figures."""
+    work = work_for(work, strategy)
     device = memory.device_memory(work, strategy, cluster)
-    host = memory.host_memory_per_node(work, strategy, cluster)
-    seconds = timing.step_time(work, strategy, cluster).total
-    return Candidate(
-        strategy, device, host, seconds, device.peak <= memory.budget(cluster), host <= memory.host_budget(cluster)
-    )
+    host_bytes = host.host_memory_per_node(work, strategy, cluster)
+    time = timing.step_time(work, strategy, cluster)
+    fits_device, fits_host = device.peak <= memory.budget(cluster), host_bytes <= host.host_budget(cluster)
+    return Candidate(strategy, device, host_bytes, time, fits_device, fits_host)
 
 
-def choose(config: Config, work: Workload, cluster: Cluster, candidates: list[Candidate]) -> Candidate:
-    """The fastest that fits; among the equally fast the one with the least machinery, then the least memory."""
+def fastest(candidates: list[Candidate]) -> Candidate | None:
+    """The fastest that fits; among the equally fast the one with the least machinery, then the least memory.
+
+    Nothing that changes numerics wins without being faster. None if nothing fits.
+    """
     fitting = [candidate for candidate in candidates if candidate.fits]
     if not fitting:
-        raise nothing_fits(config, work, cluster, candidates)
-    fastest = min(candidate.seconds for candidate in fitting)
+        return None
+    least = min(candidate.seconds for candidate in fitting)
     return min(
-        (candidate for candidate in fitting if candidate.seconds <= EQUALLY_FAST * fastest),
+        (candidate for candidate in fitting if candidate.seconds <= EQUALLY_FAST * least),
         key=lambda one: (
+            one.strategy.nvme,
+            one.strategy.bf16_states,
             one.strategy.offload_param,
             one.strategy.offload_optimizer,
             one.strategy.zero_stage,
             one.strategy.checkpointed_layers,
+            -one.strategy.loss_chunk_tokens,
             one.device.peak,
         ),
     )
 
 
-def nothing_fits(
-    config: Config, work: Workload, cluster: Cluster, candidates: list[Candidate]
-) -> UserError | NoPlanFits:
-    """`UserError` for a pin that forbids what would fit, else `NoPlanFits` with the cheapest change that would do."""
-    over = {id(one): _bytes_over(one, cluster) for one in candidates}
-    nearest = min(candidates, key=lambda one: over[id(one)])
-    pins = {name: value for name, value in config.plan.model_dump().items() if value != "auto"}
-    for freed in [*([name] for name in pins), list(pins)]:
-        plan = config.plan.model_copy(update=dict.fromkeys(freed, "auto"))
-        free = config.model_copy(update={"plan": plan})
-        if freed and any(evaluate(work, one, cluster).fits for one in search_space(free, work, cluster)):
-            what = " and ".join(f"plan.{name}" for name in freed)
-            field = f"plan.{freed[0]}"
-            return UserError(
-                field, pins[freed[0]], shortfall(nearest, cluster), f"remove {what}: without it a plan fits"
-            )
-    lines = [f"{one.strategy.name}: {shortfall(one, cluster)}" for one in best_of_families(candidates)]
-    return NoPlanFits(lines, cheapest_change(config, work, cluster))
-
-
-def _bytes_over(one: Candidate, cluster: Cluster) -> int:
-    device = max(0, one.device.peak - memory.budget(cluster))
-    return device + max(0, one.host_bytes - memory.host_budget(cluster))
-
-
-def shortfall(one: Candidate, cluster: Cluster) -> str:
-    """``needs 93.1 of 80.0 GiB at 1 × 4096``: the figure that makes a candidate impossible."""
-    accelerator, s = cluster.accelerator, one.strategy
-    at = f"with a micro-batch of {s.micro_batch_size} and {s.checkpointed_layers} checkpointed layers"
-    if not one.fits_device:
-        what = "host memory a rank" if accelerator.kind == "cpu" else accelerator.name
-        usable = f"{gib(memory.budget(cluster))} usable of {gib(accelerator.memory_bytes)}"
-        return f"needs {gib(one.device.peak)}, {usable} ({what}), {at}"
-    usable = f"{gib(memory.host_budget(cluster))} usable of {gib(cluster.host_memory_bytes)}"
-    return f"needs {gib(one.host_bytes)} of host memory a node, {usable}"
-
-
-def cheapest_change(config: Config, work: Workload, cluster: Cluster) -> str:
-    """The first of the usual remedies that makes something fit: LoRA, shorter rows, more devices, more host memory."""
-
-    def fits(changed: Workload, on: Cluster) -> bool:
-        return any(evaluate(changed, strategy, on).fits for strategy in search_space(config, changed, on))
-
-    if config.method == "full":
-        trainable = work.shape.lora_parameters(config.lora.r, config.lora.target_modules)
-        if fits(replace(work, trainable=trainable, frozen=work.shape.parameters, lora_rank=config.lora.r), cluster):
-            return f"--set method=lora trains {trainable:,} parameters instead of {work.trainable:,}"
-    length = work.max_length // 2
-    while length >= 128:
-        if fits(
-            replace(
-                work,
-                max_length=length,
-                row_length=min(work.row_length, length),
-                document_length=min(work.document_length, length),
-            ),
-            cluster,
-        ):
-            return f"--set train.max_length={length}"
-        length //= 2
-    accelerator, devices = cluster.accelerator.name, cluster.devices_per_node
-    for factor in (2, 4, 8, 16, 32, 64, 128):
-        more_memory = cluster.model_copy(update={"host_memory_bytes": cluster.host_memory_bytes * factor})
-        if cluster.accelerator.kind == "cuda" and fits(work, more_memory):
-            return f"{gib(more_memory.host_memory_bytes)} of host memory a machine"
-        nodes = cluster.nodes * factor
-        if fits(work, cluster.model_copy(update={"nodes": nodes})):
-            return f"{factor} times as many machines ({nodes}x{devices}x{accelerator})"
-    return "a smaller model"
-
-
-def _family(one: Candidate) -> tuple[int, bool, bool]:
+def family_of(one: Candidate) -> tuple[int, bool, bool, bool, bool]:
+    """Stage, what is offloaded and where to, the optimizer's format: what people call a configuration."""
     s = one.strategy
-    return s.zero_stage, s.offload_optimizer > 0, s.offload_param
+    return s.zero_stage, s.offload_optimizer > 0, s.offload_param, s.nvme, s.bf16_states
 
 
 def best_of_families(candidates: list[Candidate]) -> list[Candidate]:
-    """The best of each family (stage, what is offloaded): the fastest that fits, else the one nearest to fitting."""
-    families: dict[tuple[int, bool, bool], list[Candidate]] = {}
+    """The best of each family: the fastest that fits, else the one nearest to fitting."""
+    families: dict[tuple[int, bool, bool, bool, bool], list[Candidate]] = {}
     for one in candidates:
-        families.setdefault(_family(one), []).append(one)
+        families.setdefault(family_of(one), []).append(one)
     return [
         min(family, key=lambda one: (not one.fits, one.seconds if one.fits else one.device.peak + one.host_bytes))
         for _, family in sorted(families.items())
     ]
-
-
-def rejected_families(cluster: Cluster, candidates: list[Candidate], best: Candidate) -> list[Alternative]:
-    """Every family but the winner's, with the figure that rejected it."""
-    lost: list[Alternative] = []
-    for one in best_of_families(candidates):
-        if _family(one) == _family(best):
-            continue
-        if not one.fits:
-            reason = shortfall(one, cluster)
-        elif one.seconds > EQUALLY_FAST * best.seconds:
-            reason = f"fits, but takes {one.seconds:.3g} s a step against {best.seconds:.3g}"
-        else:
-            reason = f"as fast ({one.seconds:.3g} s a step), but with more machinery"
-        lost.append(Alternative(name=one.strategy.name, reason=reason))
-    return lost
-
-
-def explain_strategy(
-    config: Config, work: Workload, cluster: Cluster, best: Candidate, candidates: list[Candidate]
-) -> list[Decision]:
-    """One reason per choice of the winner."""
-    s, layers = best.strategy, work.shape.num_layers
-    fill = f"{gib(best.device.peak)} of {gib(cluster.accelerator.memory_bytes)} a rank, most in the {best.device.phase}"
-    recompute = (
-        f"{s.checkpointed_layers} of {layers} layers, the fewest that fit" if s.checkpointed_layers else "all fit"
-    )
-    host = f"the device alone is too small; {gib(best.host_bytes)} of host memory a machine"
-    batch = _explain_batch(work, cluster, s)
-    reasons: dict[str, tuple[object, str]] = {
-        "zero_stage": (s.zero_stage, _explain_stage(cluster, best, candidates)),
-        "offload_optimizer": (s.offload_optimizer, host if s.offload_optimizer else "the optimizer fits on the device"),
-        "offload_param": (s.offload_param, host if s.offload_param else "the parameters fit on the device"),
-        "micro_batch_size_per_gpu": (s.micro_batch_size, batch),
-        "gradient_accumulation_steps": (s.accumulation_steps, batch),
-        "checkpointed_layers": (s.checkpointed_layers, f"activations: {recompute}; {fill}"),
-    }
-    decisions = []
-    for name, (value, reason) in reasons.items():
-        pinned = getattr(config.plan, name) != "auto"
-        text = f"as set; {reason}" if pinned else reason
-        decisions.append(Decision(field=f"plan.{name}", value=value, reason=text, pinned=pinned))
-    return decisions
-
-
-def _explain_stage(cluster: Cluster, best: Candidate, candidates: list[Candidate]) -> str:
-    """Why not the stage below: it does not fit, or it is slower."""
-    lower = [one for one in best_of_families(candidates) if one.strategy.zero_stage < best.strategy.zero_stage]
-    plain = [one for one in lower if not one.strategy.offload_optimizer]
-    if not plain:
-        return "the lowest stage that is possible here: the least communication"
-    below = plain[-1]
-    if below.fits:
-        return f"{best.seconds:.3g} s a step; {below.strategy.name} takes {below.seconds:.3g}"
-    return f"{below.strategy.name} {shortfall(below, cluster)}"
-
-
-def _explain_batch(work: Workload, cluster: Cluster, s: Strategy) -> str:
-    ranks, rows = cluster.world_size, work.rows
-    places = ranks * s.micro_batch_size * s.accumulation_steps
-    product = f"{ranks} ranks × {s.micro_batch_size} × {s.accumulation_steps}"
-    if places == rows:
-        return f"{product} = the {rows} rows of a batch"
-    return f"{product} hold the {rows} rows of a batch; {places - rows} places stay empty"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 from typing import Literal
 
@@ -30,6 +30,9 @@ class Workload:
     rows: int  # per optimizer step: packs of a global batch, or their documents where these are not packed
     document_length: float  # mean length that attention sees
     packing: bool
+    attention: Literal["packed", "sdpa"] = "sdpa"  # packed: the kernel knows where documents end, so there is no mask
+    compiled: bool = False  # layers, and the softmax of the loss; not at stage 3
+    pace: tuple[float, float] = (1.0, 1.0)  # measured / predicted step time on this machine, below stage 3 and at it
 
     @property
     def parameters(self) -> int:
@@ -58,16 +61,32 @@ class Strategy:
     offload_optimizer: float = 0.0
     offload_param: bool = False
     loss_chunk_tokens: int = 2048
+    reduce_bucket_size: int = 100_000_000
+    sub_group_size: int = 100_000_000
+    bf16_states: bool = False  # master weights and optimizer states in bf16: changes numerics
+    nvme: bool = False  # what is offloaded lies on NVMe, not in host memory
+
+    def sized_for(self, work: Workload) -> Strategy:
+        """With buckets and sub-groups as they are derived from the model."""
+        sizes = buckets_for(work.shape, work.trainable)
+        return replace(self, reduce_bucket_size=sizes.reduce, sub_group_size=sizes.sub_group)
+
+    def state_bytes(self, work: Workload) -> int:
+        """Bytes per trained parameter of master weight and optimizer states."""
+        whole = 4 + work.optimizer_state_bytes
+        return whole // 2 if self.bf16_states else whole
 
     @property
     def name(self) -> str:
         """As people say it, without the batch."""
-        parts = [f"ZeRO-{self.zero_stage}"]
+        parts, place = [f"ZeRO-{self.zero_stage}"], "NVMe" if self.nvme else "host memory"
         if self.offload_optimizer:
             share = "" if self.offload_optimizer == 1 else f"{self.offload_optimizer:.0%} of the "
-            parts.append(f"{share}optimizer in host memory")
+            parts.append(f"{share}optimizer in {place}")
         if self.offload_param:
-            parts.append("parameters in host memory")
+            parts.append(f"parameters in {place}")
+        if self.bf16_states:
+            parts.append("bf16 optimizer")
         return " + ".join(parts)
 
 
@@ -76,7 +95,6 @@ class Buckets:
     """DeepSpeed's buffers in elements, sized to the model: its own defaults (5e8) take gigabytes for any model."""
 
     reduce: int
-    allgather: int
     prefetch: int
     persistence: int
     max_live: int
@@ -95,7 +113,6 @@ def buckets_for(shape: ModelShape, trainable: int) -> Buckets:
     widest = shape.vocab_size * shape.hidden_size
     return Buckets(
         reduce=reduce,
-        allgather=reduce,
         prefetch=min(50_000_000, max(1_000_000, layer)),
         persistence=10 * shape.hidden_size,
         max_live=min(1_000_000_000, max(10_000_000, 3 * layer + 2 * widest)),

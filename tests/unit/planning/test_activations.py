@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from foretune.model.shape import shape_of
-from foretune.planning.memory import activation_bytes_per_token_layer
+from foretune.planning.predict.activations import activation_bytes_per_token_layer
 from foretune.planning.strategy import Precision, Workload
 
 LENGTH, ROWS, LORA_RANK = 128, 2, 8

@@ -113,8 +113,10 @@ def test_standalone_sections_build_what_they_name(read: Any, optimizer: str, sch
 
 def test_buffers_are_sized_to_the_model() -> None:
     train = config_of().train
-    small = deepspeed_config(work_of(name="gpt2"), Strategy(3, 1, 1), parse_hardware("2xH100"), train=train)
-    large = deepspeed_config(work_of(name="Llama-3.1-70B"), Strategy(3, 1, 1), parse_hardware("2xH100"), train=train)
+    small, large = (
+        deepspeed_config(work, Strategy(3, 1, 1).sized_for(work), parse_hardware("2xH100"), train=train)
+        for work in (work_of(name="gpt2"), work_of(name="Llama-3.1-70B"))
+    )
     for key in ("reduce_bucket_size", "stage3_max_live_parameters", "stage3_param_persistence_threshold"):
         assert small["zero_optimization"][key] < large["zero_optimization"][key]
     assert large["zero_optimization"]["reduce_bucket_size"] < 500_000_000

@@ -56,7 +56,7 @@ def test_a_cpu_shares_its_memory_and_cores() -> None:
     [
         ("8xH900", "H100"),
         ("8xH100,ram=lots", "no quantity"),
-        ("8xH100,disk=1TB", "no option 'disk'"),
+        ("8xH100,disc=1TB", "no option 'disc'"),
         ("8xH100,ram", "no quantity"),
         ("0xH100", "number of devices"),
         ("", "not a description"),

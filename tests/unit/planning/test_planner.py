@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,10 @@ from foretune.artifacts import Decision, Plan, PreparedDataset
 from foretune.config import Config
 from foretune.config.schema import PlanConfig
 from foretune.errors import NoPlanFits, UserError
-from foretune.planning import make_plan, memory, parse_hardware, probe
+from foretune.planning import make_plan, parse_hardware, probe
 from foretune.planning.catalogue import GIB
-from foretune.planning.planner import SAVING_BYTES_PER_SECOND, SAVING_SHARE
+from foretune.planning.mathematics import SAVING_BYTES_PER_SECOND, SAVING_SHARE
+from foretune.planning.predict import host, memory
 
 STORIES = Path(__file__).parents[2] / "models" / "stories260K"
 MakeConfig = Callable[..., Config]
@@ -95,7 +97,7 @@ def test_70b_needs_several_machines(config_of: MakeConfig) -> None:
 
 
 def test_some_layers_are_checkpointed_rather_than_all_or_none(config_of: MakeConfig) -> None:
-    config = config_of(train={"max_length": 4096, "global_batch_size": 1})
+    config = config_of(train={"max_length": 8192, "global_batch_size": 1}, plan={"compile": False})
     plan = plan_of(config, "1xA100-40GB,ram=256GB", model="Qwen2.5-1.5B")
     assert 0 < plan.checkpointed_layers < 28
     assert "the fewest that fit" in decision(plan, "plan.checkpointed_layers").reason
@@ -105,7 +107,7 @@ def test_every_choice_has_a_reason(config_of: MakeConfig) -> None:
     plan = plan_of(config_of(), "8xH100")
     fields = {one.field for one in plan.decisions}
     assert fields >= {"train.precision", "train.learning_rate", "train.global_batch_size", "train.max_length"}
-    assert fields >= {f"plan.{name}" for name in PlanConfig.model_fields}
+    assert fields >= {f"plan.{name}" for name in PlanConfig.model_fields if name != "nvme_path"}
     assert "checkpoint.every" in fields
     assert all(one.reason for one in plan.decisions)
     assert not any(one.pinned for one in plan.decisions)
@@ -127,21 +129,34 @@ def test_an_estimated_shape_is_said(config_of: MakeConfig, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    ("method", "stage", "rows", "measured_gib"), [("full", 1, 8, 23.6), ("full", 3, 8, 22.9), ("lora", 3, 4, 7.8)]
+    ("method", "stage", "precision", "measured_gib"),
+    [
+        ("full", 1, "bf16", 35.94),
+        ("full", 3, "bf16", 36.12),
+        ("lora", 1, "bf16", 26.90),
+        ("lora", 3, "bf16", 26.91),
+        ("full", 2, "fp16", 34.10),
+    ],
 )
 def test_memory_that_real_runs_on_an_h100_took(
-    config_of: MakeConfig, method: str, stage: int, rows: int, measured_gib: float
+    config_of: MakeConfig, method: str, stage: int, precision: str, measured_gib: float
 ) -> None:
-    """The 0.5B shape at 1024, bf16, peak of torch's allocator. With LoRA few tokens were targets: fewer logits."""
-    pins = {"zero_stage": stage, "micro_batch_size_per_gpu": rows}
-    config = config_of(method=method, plan=pins, train={"max_length": 1024, "global_batch_size": 16})
+    """The 0.5B shape, 16 rows of 1024, torch 2.11: what its allocator had at most.
+
+    Measured while the loss still kept a chunk's logits and gradient in one more format: 2 bytes a logit more.
+    """
+    pins = {"zero_stage": stage, "micro_batch_size_per_gpu": 16, "loss_chunk_tokens": 2048}
+    config = config_of(
+        method=method,
+        plan={**pins, "attention": "sdpa", "compile": False},
+        train={"max_length": 1024, "global_batch_size": 16, "precision": precision},
+    )
     parts = plan_of(config, ONE_H100, model="Qwen2.5-0.5B").predicted.gpu_memory_parts
-    predicted = (sum(parts.values()) - parts["context"]) / GIB
-    assert measured_gib <= predicted
-    assert predicted == pytest.approx(measured_gib, rel=0.03 if method == "full" else 0.15)
+    predicted = (sum(parts.values()) - parts["context"] + 2 * 2048 * 151936) / GIB
+    assert predicted == pytest.approx(measured_gib, rel=0.005)
 
 
-@pytest.mark.parametrize(("length", "measured_gib"), [(384, 3.29), (512, 3.56)])
+@pytest.mark.parametrize(("length", "measured_gib"), [(384, 3.00)])
 def test_memory_that_real_runs_on_cpus_took(config_of: MakeConfig, length: int, measured_gib: float) -> None:
     """SmolLM2-135M, two ranks, ZeRO-2, fp32: the largest resident set of a rank after many steps."""
     config = config_of(plan={"zero_stage": 2}, train={"max_length": length, "global_batch_size": 2})
@@ -362,7 +377,7 @@ def test_a_plan_fits_what_it_was_made_for(config_of: MakeConfig, model: str, mac
     except NoPlanFits:
         return
     assert plan.predicted.gpu_memory_bytes <= memory.budget(plan.cluster)
-    assert plan.predicted.host_memory_bytes_per_node <= memory.host_budget(plan.cluster)
+    assert plan.predicted.host_memory_bytes_per_node <= host.host_budget(plan.cluster)
     assert plan.predicted.gpu_memory_bytes == sum(plan.predicted.gpu_memory_parts.values())
     rows = plan.world_size * plan.micro_batch_size_per_gpu * plan.gradient_accumulation_steps
     assert plan.global_batch_size <= rows < plan.global_batch_size + plan.world_size * plan.micro_batch_size_per_gpu
@@ -372,15 +387,16 @@ def test_a_plan_fits_what_it_was_made_for(config_of: MakeConfig, model: str, mac
 @laws
 @given(model=MODELS, machine=MACHINES, factor=st.sampled_from([1.25, 2.0, 8.0]))
 def test_more_memory_never_hurts(config_of: MakeConfig, model: str, machine: str, factor: float) -> None:
+    config = config_of(plan={"compile": False})  # which a run that gets shorter may lose
     small = parse_hardware(machine)
     device = small.accelerator.model_copy(update={"memory_bytes": int(small.accelerator.memory_bytes * factor)})
     host = int(small.host_memory_bytes * factor)
     large = small.model_copy(update={"accelerator": device, "host_memory_bytes": host})
     try:
-        before = make_plan(config_of(), model_folder=model, cluster=small, prepared=None)
+        before = make_plan(config, model_folder=model, cluster=small, prepared=None)
     except NoPlanFits:
         return
-    after = make_plan(config_of(), model_folder=model, cluster=large, prepared=None)
+    after = make_plan(config, model_folder=model, cluster=large, prepared=None)
     # Equally fast plans may be exchanged for simpler ones, within the tolerance that says so.
     assert after.predicted.step_seconds <= 1.02 * before.predicted.step_seconds
 
@@ -407,13 +423,16 @@ print(heavy, imported - start, time.perf_counter() - imported)
     assert answer.stdout.startswith("[] "), answer.stdout
 
 
-def test_a_plan_takes_less_than_a_third_of_a_second(config_of: MakeConfig) -> None:
-    config = config_of(train={"global_batch_size": 1024})
-    best = min(_seconds(config) for _ in range(3))  # the least of three: other processes share these cores
-    assert best < 0.3
+@pytest.mark.parametrize("hardware", ["1xH100,ram=512GB", "128x8xH100", "1xRTX4090,ram=32GB", "4xcpu"])
+@pytest.mark.parametrize("model", ["gpt2", "Qwen2.5-7B", "Llama-3.1-405B"])
+def test_a_plan_takes_less_than_a_second(config_of: MakeConfig, model: str, hardware: str) -> None:
+    """Also where nothing fits, and what would is looked for. The least of two: other processes share these cores."""
+    config = config_of(train={"global_batch_size": 1024}, allow_numerics=True)
+    assert min(_seconds(config, hardware, model) for _ in range(2)) < 1.0
 
 
-def _seconds(config: Config) -> float:
+def _seconds(config: Config, hardware: str, model: str) -> float:
     start = time.process_time()
-    plan_of(config, "1xH100,ram=512GB")
+    with suppress(NoPlanFits):
+        plan_of(config, hardware, model=model)
     return time.process_time() - start

@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from foretune.planning import parse_hardware
+from foretune.planning.predict.timing import attention_flops_per_row, flops_per_row, step_time
 from foretune.planning.shapes import known_shape
 from foretune.planning.strategy import Strategy, Workload
-from foretune.planning.timing import attention_flops_per_row, flops_per_row, step_time
 
 
 def work_of(name: str, *, length: int = 4096, lora_rank: int = 0, precision: str = "bf16") -> Workload:
@@ -65,7 +65,9 @@ def test_flops_are_six_per_multiplied_parameter_and_token() -> None:
 
 def test_attention_sees_its_own_document_only() -> None:
     whole = work_of("llama-3.1-8b")
-    packed = replace(whole, packing=True, document_length=512.0)
+    packed = replace(whole, packing=True, document_length=512.0, attention="packed")
+    masked = replace(packed, attention="sdpa")
+    assert attention_flops_per_row(masked) == 2 * attention_flops_per_row(whole)  # every product, none left out
     assert attention_flops_per_row(packed) == pytest.approx(attention_flops_per_row(whole) / 8)
 
 

@@ -23,6 +23,7 @@ from foretune.artifacts import (
     SourceSummary,
 )
 from foretune.reporting import tables
+from foretune.reporting.plan_view import plan_view
 
 GIB = 2**30
 WIDTHS = [40, 50, 80, 120]
@@ -108,7 +109,7 @@ def make_report(**changes: Any) -> EvaluationReport:
 
 @pytest.mark.parametrize("width", WIDTHS)
 def test_plan_shows_every_decision_with_its_reason_and_the_prediction(width: int) -> None:
-    text = squeezed(drawn(tables.plan_view(make_plan(), width=width), width))
+    text = squeezed(drawn(plan_view(make_plan(), width=width), width))
     for part in ("Qwen/Qwen2.5-7B", "all 7.62 B parameters", "16 x A100-40GB on 2 nodes", "as described",
                  "plan.zero_stage", "the lowest stage that fits", "plan.offload_param no", "as set (pinned)", "1e-05",
                  "31.0 GiB", "20.0 GiB", "512 GiB", "3.2 s", "91,931 tokens/s", "2h05m", "340 steps",
@@ -119,7 +120,7 @@ def test_plan_shows_every_decision_with_its_reason_and_the_prediction(width: int
 
 
 def test_why_shows_all_alternatives_and_where_the_memory_goes() -> None:
-    text = squeezed(drawn(tables.plan_view(make_plan(), why=True, width=100), 100))
+    text = squeezed(drawn(plan_view(make_plan(), why=True, width=100), 100))
     assert "way 5" in text
     assert "optimizer states 10.0 GiB" in text
     assert "nothing" not in text
@@ -130,7 +131,7 @@ def test_plan_in_one_line() -> None:
     assert tables.plan_summary(make_plan()) == "ZeRO-2 · 16 ranks · 2 x 4 rows · bf16 · 340 steps"
     other = make_plan(world_size=1, offload_optimizer=0.7, method="lora", trainable_parameters=10)
     assert tables.plan_summary(other) == "ZeRO-2 · 1 rank · 2 x 4 rows · offload · LoRA · bf16 · 340 steps"
-    assert "10 of 7.62 B parameters" in squeezed(drawn(tables.plan_view(other, width=100), 100))
+    assert "10 of 7.62 B parameters" in squeezed(drawn(plan_view(other, width=100), 100))
 
 
 @pytest.mark.parametrize("width", WIDTHS)

@@ -1,0 +1,96 @@
+"""The real DeepSpeed engine on fake tensors: confirms a plan without a GPU, for any number of ranks.
+
+Plan, Config ──child process──▶ bytes alive in the engine ──against the closed forms──▶ `DryRun`
+
+Everything that training builds is built (model, adapters, loss, optimizer, engine) and takes two optimizer steps, but
+tensors have shapes only, and collectives among ranks that do not exist return at once. What is confirmed are the model
+states: parameters, gradients, optimizer, and DeepSpeed's buffers. Device and host are counted together, since there is
+no device: offloading moves bytes, it makes none. Kernels, their workspaces and the allocator are not in it.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from foretune.artifacts import Plan, RunFolder, write_atomically
+from foretune.config import Config, to_yaml
+from foretune.errors import UserError
+from foretune.planning.planner import shape_for, work_and_strategy
+from foretune.planning.predict.memory import standing_bytes
+from foretune.planning.shapes import known_config
+
+#: Model states further apart than this are a mistake in the closed forms or in the dry run.
+TOLERANCE = 0.03
+_TIMEOUT_SECONDS = 600
+_RESULT = "measured.json"
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """What the closed forms say against what the engine holds. Bytes of one rank, device and host together."""
+
+    predicted_bytes: int
+    engine_bytes: int
+    peaks: dict[str, int]
+    seconds: float
+
+    @property
+    def difference(self) -> float:
+        """Of the engine's, relative to the prediction."""
+        return self.engine_bytes / self.predicted_bytes - 1.0
+
+    @property
+    def agrees(self) -> bool:
+        return abs(self.difference) <= TOLERANCE
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        figures = {"predicted_bytes": self.predicted_bytes, "engine_bytes": self.engine_bytes, "peaks": self.peaks}
+        return {**figures, "difference": self.difference, "agrees": self.agrees, "seconds": self.seconds}
+
+
+def dry_run(plan: Plan, config: Config) -> DryRun:
+    """Let the engine of `plan` be built and take two steps on fake tensors.
+
+    Raises:
+        UserError: the plan's model cannot be built.
+    """
+    work, strategy = work_and_strategy(config, plan, shape_for(plan.model))
+    predicted = standing_bytes(work, strategy, plan.cluster)
+    start = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="foretune-dry-run-") as name:
+        folder = Path(name)
+        _write(RunFolder(folder), plan, config)
+        command = [sys.executable, "-m", "foretune.dryrun.worker", str(folder)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_SECONDS, cwd=folder)
+        result = folder / _RESULT
+        if not result.is_file():
+            last = next((line for line in reversed(done.stderr.splitlines()) if line.strip()), "no message")
+            raise UserError("--dry-run", plan.model, f"the engine could not be built: {last}", "plan without --dry-run")
+        measured = json.loads(result.read_text())
+    return DryRun(predicted, measured["resident_bytes"], measured["peaks"], time.monotonic() - start)
+
+
+def _write(run: RunFolder, plan: Plan, config: Config) -> None:
+    """The plan as the child builds it: random weights of the same shape, on a CPU, offloading whole or not at all."""
+    folder = Path(plan.model) if Path(plan.model).is_dir() else run.model
+    if folder == run.model:
+        keys = known_config(plan.model)
+        assert keys is not None, "a plan was made for it"
+        write_atomically(folder / "config.json", json.dumps(keys))
+    values = json.loads(json.dumps(plan.deepspeed_config))
+    zero = values["zero_optimization"]
+    for section in ("offload_optimizer", "offload_param"):
+        if section in zero:
+            zero[section] = {"device": "cpu", "pin_memory": False}
+    whole = float(plan.offload_optimizer > 0)  # a part would need a kernel that can't run on fake tensors
+    changes = {"model": str(folder), "deepspeed_config": values, "offload_optimizer": whole}
+    plan.model_copy(update=changes).write(run.plan)
+    write_atomically(run.config, to_yaml(config.model_copy(update={"from_scratch": True})))

@@ -1,0 +1,124 @@
+"""Activations and the loss: what a micro-batch keeps for backward. Bytes; T tokens of a micro-batch, V vocabulary.
+
+layers: saved tensors, or inputs where a layer recomputes itself    around them: last norm, positions, ids
+loss:   one chunk of logits in several formats, the head's gradient, the gradient of the hidden states
+"""
+
+from __future__ import annotations
+
+from foretune.planning.strategy import Strategy, Workload
+
+#: Rows of a gradient that the loss widens at a time to scale them (`foretune.model.loss`).
+SCALED_ROWS = 1 << 14
+#: Elements of i that a compiled MLP keeps, by those of the eager one: products are made again from what went in.
+_COMPILED_MLP = {5: 2, 4: 3}
+
+
+def is_compiled(work: Workload, strategy: Strategy) -> bool:
+    """Whether the layers run compiled: never at stage 3, which fetches the parameters of every module as it runs."""
+    return work.compiled and strategy.zero_stage < 3
+
+
+def activation_bytes_per_token_layer(work: Workload, *, compiled: bool = False) -> int:
+    """What one layer keeps for backward, per token: the tensors that autograd saves of Hugging Face's own layers.
+
+    A Llama layer, b bytes an element: two RMS norms compute in fp32 and keep their input (4h), its normalised value for
+    the weight's gradient (bh, not where that weight is frozen) and their output, which the linears read (bh); attention
+    keeps rotated queries and its output (2bq), rotated keys and values (2bk), 4 bytes of log-sum-exp a head; the gated
+    MLP keeps gate, its activation, up and their product (4bi). Other families: `foretune.model.families.Saved`.
+
+    Packed documents need a mask, unless the attention kernel knows where they end. With one, keys and values are
+    repeated for every query head, and each layer keeps the mask in the elements' type (bT). Without a fused kernel
+    whole scores are kept (8 bytes a head and position).
+
+    Compiled layers keep what a minimal cut through their graph crosses (torch's partitioner, measured per family): one
+    of two fp32 norm inputs, no normalised values, and gate, up and product of the MLP.
+    """
+    shape, b, saved = work.shape, work.parameter_bytes, work.shape.saved
+    h, q, k = shape.hidden_size, shape.num_attention_heads * shape.head_dim, shape.num_key_value_heads * shape.head_dim
+    fused = not (shape.soft_capped_attention or saved.fp32_scores)
+    masked = work.packing and work.attention != "packed"
+    normalised = 0 if work.lora_rank or compiled else (4 if saved.wide else b)
+    wide = saved.hidden_fp32 // 2 if compiled else saved.hidden_fp32
+    hidden = b * saved.hidden * h + 4 * wide * h + normalised * saved.norms * h
+    repeated = q if (masked and fused) or shape.soft_capped_attention else k
+    attention = b * (saved.queries * q + 2 * repeated + (saved.keys - 2) * k)
+    if fused:
+        attention += 4 * shape.num_attention_heads + (b * work.max_length if masked else 0)
+    else:
+        attention += (8 if shape.soft_capped_attention else 4 + b % 4) * shape.num_attention_heads * work.max_length
+    if saved.fp32_scores:
+        attention += 2 * (4 - b) * q  # queries and keys, also of a 16-bit model
+    if saved.qk_norm:
+        attention += b * (q + k) if compiled else (4 + normalised) * (q + k)
+    adapters = sum(linear.copies for linear in shape.linears) * b * work.lora_rank
+    mlp = _COMPILED_MLP.get(saved.mlp, saved.mlp) if compiled else saved.mlp
+    return hidden + attention + b * mlp * shape.intermediate_size + adapters + 16
+
+
+def working_bytes_per_token(work: Workload) -> int:
+    """What a layer's backward holds beside what was saved: gradients of the MLP's inner values and of its ends."""
+    shape = work.shape
+    return work.parameter_bytes * (3 * shape.intermediate_size + 2 * shape.hidden_size)
+
+
+def activation_bytes(work: Workload, strategy: Strategy) -> int:
+    """Activations of one micro-batch when forward has ended: saved tensors, inputs of checkpointed layers, the ends."""
+    shape, b = work.shape, work.parameter_bytes
+    tokens = strategy.micro_batch_size * work.max_length
+    kept = strategy.checkpointed_layers
+    saved = activation_bytes_per_token_layer(work, compiled=is_compiled(work, strategy))
+    layers = (shape.num_layers - kept) * saved + kept * b * shape.hidden_size
+    return tokens * (layers + around_bytes_per_token(work)) + mask_bytes(work, strategy)
+
+
+def around_bytes_per_token(work: Workload) -> int:
+    """Around the layers: the last norm as in a layer and its output, cosines and sines, four integers."""
+    shape, b = work.shape, work.parameter_bytes
+    return (4 + 2 * b) * shape.hidden_size + 2 * b * shape.head_dim + 4 * 8
+
+
+def mask_bytes(work: Workload, strategy: Strategy) -> int:
+    """One boolean mask for all layers, where documents share rows and the attention kernel does not know their ends."""
+    masked = work.packing and work.attention != "packed"
+    return strategy.micro_batch_size * work.max_length**2 if masked else 0
+
+
+def logit_bytes(work: Workload, strategy: Strategy) -> int:
+    """Bytes per logit of a chunk at the worst moment of the linear cross-entropy (`foretune.model.loss`).
+
+    The chunk's logits (b), and of the chunk before, which is not forgotten yet, the gradient (b). Compiled: the new
+    gradient (b). Otherwise logits in fp32 (4) and what the log-sum-exp makes of them (4). In fp32 all are one size.
+    """
+    b = work.parameter_bytes
+    earlier = b if strategy.micro_batch_size * work.max_length > strategy.loss_chunk_tokens else 0
+    if is_compiled(work, strategy):
+        return 2 * b + earlier
+    return (8 if b == 4 else 8 + b) + earlier
+
+
+def loss_bytes(work: Workload, strategy: Strategy) -> int:
+    """Linear cross-entropy: one chunk of logits, the head's gradient, the gradient of the hidden states (bTh).
+
+    The head's gradient is summed in fp32 (4Vh) where the head is trained; when a chunk's share (bVh) is added, its
+    gradient alone is there. A head that does more than multiply has whole logits (14 V bytes a token).
+    """
+    shape, b = work.shape, work.parameter_bytes
+    tokens = strategy.micro_batch_size * work.max_length
+    if not shape.plain_head:
+        return 14 * shape.vocab_size * tokens
+    chunk = min(strategy.loss_chunk_tokens, tokens) * shape.vocab_size
+    head = shape.vocab_size * shape.hidden_size if not work.lora_rank else 0
+    logits, adding = logit_bytes(work, strategy) * chunk + 4 * head, 2 * b * chunk + (4 + b) * head
+    return max(logits, adding) + tokens * b * shape.hidden_size
+
+
+def head_gradient_bytes(work: Workload, strategy: Strategy) -> int:
+    """What the loss hands to backward: the gradients of head and hidden states, scaled a few rows at a time."""
+    shape, b = work.shape, work.parameter_bytes
+    tokens = strategy.micro_batch_size * work.max_length
+    if not shape.plain_head:
+        return 6 * shape.vocab_size * tokens
+    rows = tokens if work.lora_rank else tokens + shape.vocab_size
+    widened = 4 * min(rows, SCALED_ROWS) if b < 4 else 0
+    return (b * rows + widened) * shape.hidden_size

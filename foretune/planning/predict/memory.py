@@ -1,0 +1,259 @@
+"""Memory of one rank and of one node in closed form. Bytes; ψ parameters, ψt the trained ones, N the number of ranks.
+
+Workload × Strategy × Cluster ──▶ parts by phase ──▶ the peak, and the phase it is in
+
+States (Rajbhandari et al. 2020, ZeRO, §3 and §5; transients measured on DeepSpeed 0.19.8 under a storage tracker),
+with b bytes of a parameter in forward (2 or 4), a of an accumulated gradient, s of the optimizer's states (8 for Adam):
+
+    stage   parameters   fp32 master + states   gradients            added while stepping
+    0       bψ           (4 if b=2) ψt + sψt    bψt                  8ψt in 16 bits
+    1       bψ           (4+s)ψt/N              aψt, + bψt if a≠b    4ψt/N in fp32, 6ψt/N with a=2, 0 with a=4, b=2
+    2       bψ           (4+s)ψt/N              aψt/N                the same, but 0.8ψt/N with a=4, b=2
+    3       bψ/N         (4+s)ψt/N              aψt/N                4·min(ψt/N, sub-group), 6 with a=2
+
+Offloading moves master, states and gradients to the host. Activations: `activation_bytes_per_token_layer`. A
+checkpointed layer keeps its input only, and recomputes itself in backward, one layer at a time (Chen et al. 2016).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from math import ceil
+
+from foretune.artifacts import Cluster
+from foretune.planning.predict import activations
+from foretune.planning.strategy import GIB, Strategy, Workload, buckets_for
+
+#: CUDA context, cuBLAS workspaces and kernels of one process; several ranks have NCCL's channels on top.
+CUDA_CONTEXT_BYTES = int(0.75 * GIB)
+NCCL_BYTES = int(0.5 * GIB)
+#: A Python process with torch, transformers and deepspeed imported, no weights.
+PROCESS_BYTES = int(0.6 * GIB)
+#: Gradients that DeepSpeed's engine reduces in one flat copy where ZeRO's own buckets are not used.
+REDUCED_AT_ONCE = 500_000_000
+#: What malloc keeps of freed blocks on a CPU: SmolLM2-135M at ZeRO-2 grew from 2.96 to 3.29 GiB in its first steps.
+MALLOC_SHARE = 0.12
+#: Share of the memory that a plan may fill; the rest is for the allocator's rounding and fragments.
+USABLE_SHARE = 0.92
+
+
+@dataclass(frozen=True)
+class DeviceMemory:
+    """Peak of one rank's device, by part, and the phase in which it is reached."""
+
+    phase: str
+    parts: dict[str, int]
+
+    @property
+    def peak(self) -> int:
+        """Bytes."""
+        return sum(self.parts.values())
+
+
+def device_memory(work: Workload, strategy: Strategy, cluster: Cluster) -> DeviceMemory:
+    """Peak memory of one rank's device. On a CPU the device is the rank's share of the host, so nothing leaves it."""
+    by_phase = phases(work, strategy, cluster)
+    worst = max(by_phase, key=lambda name: sum(by_phase[name].values()))
+    return DeviceMemory(worst, {name: size for name, size in by_phase[worst].items() if size})
+
+
+def phases(work: Workload, strategy: Strategy, cluster: Cluster) -> dict[str, dict[str, int]]:
+    """Bytes by part, for each phase of a step that can be its peak."""
+    stays, on_cpu = _share_on_device(strategy, cluster), cluster.accelerator.kind == "cpu"
+    resident = states(work, strategy, cluster)
+    if on_cpu:
+        resident["process"] = PROCESS_BYTES
+    else:
+        resident["context"] = CUDA_CONTEXT_BYTES + (NCCL_BYTES if cluster.world_size > 1 else 0)
+
+    tokens = strategy.micro_batch_size * work.max_length
+    kept = activations.activation_bytes(work, strategy)
+    compiled = activations.is_compiled(work, strategy)
+    inside = tokens * activations.working_bytes_per_token(work)
+    layer = tokens * activations.activation_bytes_per_token_layer(work, compiled=compiled) + inside
+    # The layer whose backward runs: recomputed anew, or what it had saved is counted already.
+    running = layer if strategy.checkpointed_layers else inside
+    shard = shard_of(work, strategy, cluster)
+    gradients, transient = _gradient_bytes(work, strategy, shard, stays)
+    earlier = _gradients_in_forward(work, strategy, gradients)
+    head = activations.head_gradient_bytes(work, strategy)
+    persistent, passing = buffer_bytes(work, strategy, cluster.world_size)
+    gathered = gathered_bytes(work, strategy, cluster.world_size)
+    varying = {
+        "loss": {
+            "gradients": earlier,
+            "activations": kept,
+            "loss": activations.loss_bytes(work, strategy),
+            "buffers": persistent + gathered,
+        },
+        "backward": {
+            "gradients": earlier,
+            "activations": kept + running,
+            "loss": head,
+            "buffers": persistent + passing + gathered,
+        },
+        "end of backward": {
+            "gradients": gradients + transient,
+            "activations": layer,
+            "buffers": persistent + passing + gathered + reduced_at_once(work, strategy, cluster),
+        },
+        "step": {
+            "gradients": gradients,
+            "step": step_bytes(work, strategy, cluster),
+            "buffers": persistent,
+        },
+    }
+    by_phase = {name: {**resident, **parts} for name, parts in varying.items()}
+    if on_cpu:
+        for parts in by_phase.values():
+            parts["allocator"] = int(MALLOC_SHARE * (sum(parts.values()) - PROCESS_BYTES))
+    return by_phase
+
+
+def shard_of(work: Workload, strategy: Strategy, cluster: Cluster) -> int:
+    """Trained parameters whose optimizer states a rank keeps: ψt/N, all of them at stage 0."""
+    return ceil(work.trainable / cluster.world_size) if strategy.zero_stage else work.trainable
+
+
+def states(work: Workload, strategy: Strategy, cluster: Cluster) -> dict[str, int]:
+    """Parameters, and master weights with the optimizer's states, that stay on a device between steps."""
+    on_device = _share_on_device(strategy, cluster) * _state_bytes(work, strategy) * shard_of(work, strategy, cluster)
+    return {
+        "parameters": work.parameter_bytes * held_parameters(work, strategy, cluster),
+        "optimizer": int(on_device),
+    }
+
+
+def standing_bytes(work: Workload, strategy: Strategy, cluster: Cluster) -> int:
+    """What an engine holds between two steps, wherever it lies: states, standing gradients, persistent buffers."""
+    shard = shard_of(work, strategy, cluster)
+    here = replace(strategy, offload_param=False)
+    held = work.parameter_bytes * held_parameters(work, here, cluster) + _state_bytes(work, strategy) * shard
+    gradients, _ = _gradient_bytes(work, strategy, shard, 1.0)
+    standing = _gradients_in_forward(work, replace(strategy, accumulation_steps=1), gradients)
+    if strategy.offload_optimizer and 0 < strategy.zero_stage < 3:
+        standing = 4 * shard  # the pinned fp32 gradients that the host's optimizer reads
+    return held + standing + buffer_bytes(work, here, cluster.world_size)[0]
+
+
+def _state_bytes(work: Workload, strategy: Strategy) -> int:
+    if strategy.zero_stage == 0 and work.parameter_bytes == 4:
+        return work.optimizer_state_bytes  # fp32 weights are their own master
+    return strategy.state_bytes(work)
+
+
+def _share_on_device(strategy: Strategy, cluster: Cluster) -> float:
+    return 1.0 if cluster.accelerator.kind == "cpu" else 1.0 - strategy.offload_optimizer
+
+
+def sums_apart(work: Workload, strategy: Strategy) -> bool:
+    """Whether DeepSpeed sums in fp32 beside bf16 weights at stage 1, for which it has another class (BF16_Optimizer).
+
+    That one keeps whole fp32 gradients at all times, needs no bucket, and steps on those gradients as they are.
+    """
+    different = work.precision == "bf16" and work.accumulation_dtype == "fp32"
+    return strategy.zero_stage == 1 and different and not strategy.offload_optimizer and not strategy.bf16_states
+
+
+def buffer_bytes(work: Workload, strategy: Strategy, ranks: int) -> tuple[int, int]:
+    """(persistent, in backward): reduce bucket, and its copies on the way.
+
+    Several ranks need copies: stages 1 and 2 one for the collective, stage 3 one flat and one scattered. Stage 3 keeps
+    its bucket from the start, stages 1 and 2 make it in every backward.
+    """
+    if strategy.zero_stage == 0 or sums_apart(work, strategy):
+        return 0, 0
+    b, bucket, alone = work.parameter_bytes, strategy.reduce_bucket_size, ranks == 1
+    if strategy.zero_stage < 3:
+        return 0, b * bucket * (1 if alone else 2)
+    return b * bucket, 0 if alone else b * bucket * 2
+
+
+def gathered_bytes(work: Workload, strategy: Strategy, ranks: int) -> int:
+    """Parameters that ZeRO-3 has gathered at a time in forward and backward: those in use, and those fetched ahead."""
+    if strategy.zero_stage < 3 or (ranks == 1 and not strategy.offload_param):
+        return 0
+    sizes = buckets_for(work.shape, work.trainable)
+    return work.parameter_bytes * min(work.parameters, sizes.max_live + sizes.prefetch)
+
+
+def held_parameters(work: Workload, strategy: Strategy, cluster: Cluster) -> int:
+    """Parameters that stay on the device between steps."""
+    if strategy.zero_stage < 3:
+        return work.parameters
+    if strategy.offload_param and cluster.accelerator.kind != "cpu":
+        return 0
+    return ceil(work.parameters / cluster.world_size)
+
+
+def reduced_at_once(work: Workload, strategy: Strategy, cluster: Cluster) -> int:
+    """The flat copy that DeepSpeed reduces outside of ZeRO's buckets: up to 5e8 gradients, in their format."""
+    apart = sums_apart(work, strategy)
+    if cluster.world_size == 1 or not (apart or strategy.zero_stage == 0):
+        return 0
+    return (work.gradient_bytes if apart else work.parameter_bytes) * min(work.trainable, REDUCED_AT_ONCE)
+
+
+def _gradient_bytes(work: Workload, strategy: Strategy, shard: int, stays: float) -> tuple[int, int]:
+    """Gradients kept on the device, and those that backward has beside them before they are reduced or added."""
+    stage, trained = strategy.zero_stage, work.trainable
+    b, a = work.parameter_bytes, work.gradient_bytes
+    widest = work.shape.vocab_size * work.shape.hidden_size if not work.lora_rank else 0
+    if stage == 0:
+        return b * trained, b * widest
+    if stage == 1:
+        if sums_apart(work, strategy):  # added to the standing fp32 buffer as they come
+            return a * trained, b * widest
+        # Summed in another format than they come in, gradients exist in both, and once more while they are added.
+        kept = (a + b if a != b else a) * trained
+        return kept, b * trained if a != b else b * widest
+    kept = int(a * shard * stays)
+    if stage == 3 and not strategy.offload_optimizer:
+        return kept, b * widest
+    return kept, 2 * b * widest  # a tied or large embedding's gradient before it leaves for its owner
+
+
+def _gradients_in_forward(work: Workload, strategy: Strategy, gradients: int) -> int:
+    """Gradients that are there before the last backward begins: those of earlier micro-batches, or a standing buffer.
+
+    With one micro-batch a step and no standing buffer, gradients grow while activations are freed: only the larger of
+    both counts. ZeRO-0 writes zeros into its gradients, ZeRO-3 and ZeRO-1 with fp32 sums keep a flat buffer for them.
+    """
+    if strategy.accumulation_steps > 1 or strategy.zero_stage == 3 or sums_apart(work, strategy):
+        return gradients
+    return 0
+
+
+def step_bytes(work: Workload, strategy: Strategy, cluster: Cluster) -> int:
+    """What the optimizer step adds: gradients on their way to fp32, or the norm's fp64 copy of the widest one (8Vh).
+
+    Below stage 3 a GPU computes the norm without that copy (`foretune.engine.shortcuts`).
+    """
+    b, a, stage, ranks = work.parameter_bytes, work.gradient_bytes, strategy.zero_stage, cluster.world_size
+    shard, stays = shard_of(work, strategy, cluster), _share_on_device(strategy, cluster)
+    widest = work.shape.vocab_size * work.shape.hidden_size if not work.lora_rank else 0
+    if stage == 0:
+        return 0 if b == 4 else 8 * work.trainable
+    if strategy.bf16_states:
+        return 2 * shard
+    if stage == 3:
+        tile = min(shard, strategy.sub_group_size)
+        fp32_gradients = int(4 * shard * stays) if strategy.offload_optimizer else 4 * tile
+        return max(fp32_gradients + (2 * tile if a == 2 else 0), 8 * widest // ranks)
+    norm = 8 * min(widest, shard) if cluster.accelerator.kind == "cpu" else 0
+    if sums_apart(work, strategy):
+        return 0
+    if a == 2:
+        return int(6 * shard * stays)
+    return max(norm, 0 if b == 2 else int(4 * shard * stays))
+
+
+def initialisation_bytes(work: Workload, strategy: Strategy, cluster: Cluster) -> int:
+    """Peak while the engine is built: weights, master, and a copy of the shard on its way to fp32 (10ψ at N=1)."""
+    shard = shard_of(work, strategy, cluster)
+    return work.parameter_bytes * held_parameters(work, strategy, cluster) + 8 * shard
+
+
+def budget(cluster: Cluster) -> int:
+    """Bytes of a device that a plan may fill."""
+    return int(USABLE_SHARE * cluster.accelerator.memory_bytes)

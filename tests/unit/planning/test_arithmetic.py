@@ -1,0 +1,37 @@
+"""The lines of arithmetic add up to the prediction, part by part, and each has a formula of its own."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+
+import pytest
+
+from foretune.config import Config
+from foretune.errors import NoPlanFits
+from foretune.planning import make_plan, parse_hardware
+
+MACHINES = ["1xH100-80GB,ram=125GB", "8xH100", "2xcpu,ram=64GB", "1xV100-32GB", "8x8xA100-80GB", "1xRTX4090,ram=96GB"]
+
+
+@pytest.mark.parametrize("hardware", MACHINES)
+@pytest.mark.parametrize("model", ["gpt2", "Qwen2.5-7B", "gemma-2-2b", "Llama-3.1-70B"])
+@pytest.mark.parametrize("method", ["full", "lora"])
+@pytest.mark.parametrize("stage", ["auto", 0, 3])
+def test_lines_add_up(
+    config_of: Callable[..., Config], hardware: str, model: str, method: str, stage: int | str
+) -> None:
+    config = config_of(method=method, plan={"zero_stage": stage})
+    try:
+        plan = make_plan(config, model_folder=model, cluster=parse_hardware(hardware), prepared=None)
+    except Exception as error:
+        assert isinstance(error, NoPlanFits) or "GiB" in str(error)  # noqa: PT017
+        return
+    sums: Counter[str] = Counter()
+    for line in plan.arithmetic:
+        sums[line.part] += line.value
+        assert line.formula
+        assert line.numbers
+    assert sums == Counter(plan.predicted.gpu_memory_parts)
+    unexplained = [line for line in plan.arithmetic if line.formula == "as measured" and abs(line.value) > 16]
+    assert unexplained == []
