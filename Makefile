@@ -15,8 +15,8 @@ test: lint unit distributed road
 check: lint unit
 
 lint: $(READY)
-	$(BIN)/ruff format --check foretune tests
-	$(BIN)/ruff check foretune tests
+	$(BIN)/ruff format --check foretune tests bench
+	$(BIN)/ruff check foretune tests bench
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 

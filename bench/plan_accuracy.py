@@ -1,0 +1,393 @@
+"""How true plans are: predicted against measured, on this machine's GPU.
+
+    python bench/plan_accuracy.py [--minutes 25] [--only WORD] [--out FILE] [--tiny]
+
+Every configuration runs in a fresh process: random weights of a public shape, made on the device; random tokens, two
+documents a row; the engine that training builds, three optimizer steps, of which the last two are timed. Compared are
+the peak of torch's allocator (allocated, reserved), the process's host memory where something is offloaded, and the
+time of a step. Half of the configurations are for calibrating the constants; the other half judges them, and holds
+whole architectures (Llama, Qwen3) and lengths (8192, 16384) that the first has not.
+
+In: nothing but the GPU; no network. Out: one JSON file, written after every configuration, failures included. The same
+command goes on where it ended. `--tiny` runs a few small shapes anywhere, to try the bench itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from measuring import RESULTS, assignment_of, machine
+
+GIB = 2**30
+STEPS = 3
+TIMEOUT_SECONDS = 300
+
+
+@dataclass(frozen=True)
+class Case:
+    """One configuration. `layers` is the share that is checkpointed, `offload` that of the optimizer."""
+
+    half: str  # calibration | judged
+    model: str
+    length: int
+    micro: int
+    stage: int
+    method: str = "full"
+    accumulation: int = 1
+    layers: float = 0.0
+    offload: float = 0.0
+    compile: bool = False
+    sums: str = "fp32"
+    attention: str = "auto"
+
+    @property
+    def name(self) -> str:
+        """Unique, for people."""
+        parts = [self.model, self.method, f"{self.micro}x{self.length}", f"ZeRO-{self.stage}"]
+        parts += [f"x{self.accumulation}"] if self.accumulation > 1 else []
+        parts += [f"layers {self.layers:g}"] if self.layers else []
+        parts += [f"offload {self.offload:g}"] if self.offload else []
+        parts += ["compiled"] if self.compile else []
+        parts += [f"sums {self.sums}"] if self.sums != "fp32" else []
+        parts += [self.attention] if self.attention != "auto" else []
+        return " ".join(parts)
+
+
+def _calibration() -> list[Case]:
+    small, middle, large = "Qwen2.5-0.5B", "Qwen2.5-1.5B", "Qwen2.5-7B"
+
+    def case(*given: Any, **more: Any) -> Case:
+        return Case("calibration", *given, **more)
+
+    return [
+        *(case(small, 1024, 16, stage) for stage in (1, 2, 3)),
+        case(small, 1024, 16, 0, sums="bf16"),
+        case(small, 1024, 16, 1, sums="bf16"),
+        case(small, 1024, 16, 1, attention="sdpa"),
+        case(small, 1024, 16, 1, compile=True),
+        case(small, 512, 16, 2, accumulation=8),
+        case(small, 2048, 8, 1, layers=0.5),
+        case(small, 2048, 8, 1, method="lora"),
+        case(small, 2048, 8, 3, method="lora"),
+        case("gpt2", 1024, 16, 1),
+        case("gpt2", 512, 8, 2, accumulation=8),
+        case("gpt2", 1024, 16, 3, layers=1.0),
+        case("gpt2-xl", 1024, 4, 1),
+        case("gpt2-xl", 1024, 8, 2, layers=1.0),
+        case("gpt2-xl", 1024, 8, 1, method="lora"),
+        case(middle, 2048, 4, 1),
+        case(middle, 2048, 4, 3, layers=0.5),
+        case(middle, 4096, 4, 2, layers=1.0, accumulation=8),
+        case(middle, 4096, 2, 1, compile=True),
+        case(middle, 2048, 4, 2, offload=1.0),
+        case(middle, 2048, 4, 3, offload=0.5),
+        case(middle, 4096, 2, 1, method="lora", layers=0.5),
+        case(large, 1024, 2, 1, method="lora"),
+        case(large, 4096, 4, 1, method="lora", layers=1.0),
+        case(large, 2048, 2, 3, layers=1.0, offload=0.7),
+    ]
+
+
+def _judged() -> list[Case]:
+    llama, small, middle = "Llama-3.2-1B", "Qwen3-0.6B", "Qwen3-1.7B"
+
+    def case(*given: Any, **more: Any) -> Case:
+        return Case("judged", *given, **more)
+
+    return [
+        *(case(llama, 1024, 8, stage) for stage in (1, 2, 3)),
+        case(llama, 8192, 1, 1),
+        case(llama, 8192, 2, 2, layers=0.5),
+        case(llama, 16384, 1, 1, layers=1.0),
+        case(llama, 2048, 4, 1, accumulation=8),
+        case(llama, 4096, 4, 1, compile=True),
+        case(llama, 2048, 4, 2, offload=1.0),
+        case(llama, 2048, 8, 1, method="lora"),
+        case("SmolLM2-135M", 512, 16, 1),
+        case("SmolLM2-135M", 8192, 2, 3),
+        case("SmolLM2-360M", 2048, 8, 2, accumulation=8),
+        *(case(small, 2048, 4, stage) for stage in (1, 2, 3)),
+        case(small, 16384, 1, 1, layers=0.5),
+        case(small, 8192, 2, 1, method="lora"),
+        case(small, 1024, 16, 1, compile=True),
+        case(middle, 4096, 2, 1),
+        case(middle, 8192, 1, 3, layers=1.0),
+        case(middle, 2048, 4, 3, offload=0.5),
+        case("Llama-3.2-3B", 2048, 2, 1),
+        case("Llama-3.2-3B", 4096, 2, 2, layers=1.0),
+        case("Llama-3.1-8B", 2048, 2, 1, method="lora"),
+        case("Llama-3.1-8B", 8192, 1, 1, method="lora", layers=1.0),
+        case("Qwen3-8B", 4096, 1, 3, method="lora", layers=0.5),
+        case("gpt2-medium", 1024, 8, 1),
+    ]
+
+
+def _tiny() -> list[Case]:
+    return [
+        Case("calibration", "pythia-70m", 64, 2, 1, accumulation=2),
+        Case("judged", "pythia-70m", 64, 2, 3, layers=0.5),
+        Case("judged", "pythia-70m", 64, 2, 2, method="lora"),
+    ]
+
+
+def main() -> int:
+    """Run what is left, write after each, print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=25.0)
+    parser.add_argument("--only", help="configurations whose name holds this")
+    parser.add_argument("--out", type=Path, help="result to write, or to go on with")
+    parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--case", type=json.loads, help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.case is not None:
+        _run_case(Case(**given.case))
+        return 0
+    out = given.out or RESULTS / f"{datetime.now(UTC):%Y-%m-%d}-plan-accuracy.json"
+    known = json.loads(out.read_text()) if out.is_file() else {"results": []}
+    done = {result["name"] for result in known["results"]}
+    cases = _tiny() if given.tiny else _interleaved(_calibration(), _judged())
+    ends = time.monotonic() + 60 * given.minutes
+    for case in cases:
+        if case.name in done or (given.only and given.only not in case.name):
+            continue
+        if time.monotonic() > ends:
+            print("time is up; the same command goes on")
+            break
+        result = {"name": case.name, **asdict(case), **_in_fresh_process(case)}
+        known["results"].append(result)
+        print(_line(result), flush=True)
+        date = f"{datetime.now(UTC):%Y-%m-%dT%H:%MZ}"
+        out.parent.mkdir(parents=True, exist_ok=True)
+        values = {
+            "date": date,
+            "machine": machine(),
+            "summary": _summary(known["results"]),
+            "results": known["results"],
+        }
+        out.write_text(json.dumps(values, indent=1) + "\n")
+    print(json.dumps(_summary(known["results"]), indent=1))
+    return 0
+
+
+def _interleaved(first: list[Case], second: list[Case]) -> list[Case]:
+    """Both halves advance alike, so that a run that is cut short has some of each."""
+    pairs = [pair for both in zip(first, second, strict=False) for pair in both]
+    return [*pairs, *first[len(second) :], *second[len(first) :]]
+
+
+def _in_fresh_process(case: Case) -> dict[str, Any]:
+    command = [sys.executable, __file__, "--case", json.dumps(asdict(case))]
+    start = time.monotonic()
+    try:
+        run = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_SECONDS)
+    except subprocess.TimeoutExpired:
+        return {"error": f"took longer than {TIMEOUT_SECONDS} s"}
+    wall = round(time.monotonic() - start, 1)
+    line = next((line for line in run.stdout.splitlines() if line.startswith("RESULT ")), None)
+    if line is None:
+        lines = [line for line in run.stderr.splitlines() if line.strip()]
+        return {"error": " | ".join(lines[-3:])[-600:], "wall_seconds": wall}
+    return {**json.loads(line.removeprefix("RESULT ")), "wall_seconds": wall}
+
+
+def _run_case(case: Case) -> None:
+    """The child: plan, build, three steps, and one line with what was predicted and measured."""
+    from foretune.config import parse_config
+    from foretune.errors import NoPlanFits, UserError
+    from foretune.planning import make_plan, probe
+    from foretune.planning.shapes import known_config, known_shape
+
+    shape = known_shape(case.model)
+    assert shape is not None
+    pins: dict[str, Any] = {
+        "zero_stage": case.stage,
+        "micro_batch_size_per_gpu": case.micro,
+        "gradient_accumulation_steps": case.accumulation,
+        "gradient_accumulation_dtype": case.sums,
+        "checkpointed_layers": round(case.layers * shape.num_layers),
+        "offload_optimizer": case.offload if 0 < case.offload < 1 else bool(case.offload),
+        "offload_param": False,
+        "attention": case.attention,
+        "compile": case.compile,
+    }
+    cluster = probe(1)
+    if cluster.accelerator.kind == "cpu":
+        pins["gradient_accumulation_dtype"] = "auto"
+    with tempfile.TemporaryDirectory(prefix="plan-accuracy-") as name:
+        folder = Path(name)
+        (folder / "config.json").write_text(json.dumps(known_config(case.model)))
+        config = parse_config(
+            {
+                "model": str(folder),
+                "data": "none",
+                "method": case.method,
+                "from_scratch": True,
+                "plan": pins,
+                "train": {"max_length": case.length, "global_batch_size": case.micro * case.accumulation},
+            }
+        )
+        try:
+            plan = make_plan(config, model_folder=folder, cluster=cluster, prepared=None)
+        except (NoPlanFits, UserError) as refusal:
+            print("RESULT " + json.dumps({"refused": str(refusal)}), flush=True)
+            return
+        predicted = {
+            "allocated_bytes": plan.predicted.gpu_memory_bytes - plan.predicted.gpu_memory_parts.get("context", 0),
+            "gpu_memory_bytes": plan.predicted.gpu_memory_bytes,
+            "parts": plan.predicted.gpu_memory_parts,
+            "phase": plan.predicted.peak_phase,
+            "host_bytes": sum(
+                size for part, size in plan.predicted.host_memory_parts.items() if "snapshot" not in part
+            ),
+            "step_seconds": plan.predicted.step_seconds,
+            "step_parts": plan.predicted.step_parts,
+        }
+        try:
+            measured = _measure(plan, config)
+        except Exception as error:
+            text = " ".join(str(error).split())[:500]
+            print("RESULT " + json.dumps({"predicted": predicted, "error": f"{type(error).__name__}: {text}"}))
+            return
+    print("RESULT " + json.dumps({"predicted": predicted, "measured": measured}), flush=True)
+
+
+def _measure(plan: Any, config: Any) -> dict[str, Any]:
+    import numpy as np
+    import torch
+
+    from foretune.data import MicroBatch
+    from foretune.distributed import RankInfo
+    from foretune.engine import open_group
+    from foretune.model import loading
+    from foretune.training.build import build_engine
+    from foretune.training.objective import negative_log_likelihood, scaled_loss, to_device
+
+    rank = RankInfo(rank=0, local_rank=0, world_size=1, local_world_size=1)
+    device = open_group(rank)
+    on_gpu = device.type == "cuda"
+    if on_gpu and plan.zero_stage < 3:
+        load = loading.load_model
+
+        def load_on_device(*given: Any, **options: Any) -> Any:
+            with device:  # made where they are needed: minutes less for the large shapes
+                return load(*given, **options)
+
+        loading.load_model = load_on_device
+    start = time.monotonic()
+    engine, _ = build_engine(assignment_of(config=config, plan=plan, rank=rank), device)
+    build_seconds = time.monotonic() - start
+    engine.module.train()
+    if on_gpu:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+    random = np.random.default_rng(0)
+    shape = (plan.micro_batch_size_per_gpu, plan.max_length)
+    vocabulary = engine.module.config.vocab_size
+    positions = np.broadcast_to(np.arange(plan.max_length, dtype=np.int64) % (plan.max_length // 2), shape)
+    seconds = []
+    for _ in range(STEPS):
+        _wait(device)
+        start = time.monotonic()
+        for _ in range(plan.gradient_accumulation_steps):
+            ids = random.integers(0, vocabulary, shape, dtype=np.int64)
+            documents = np.cumsum(positions == 0, axis=1) - 1
+            batch = MicroBatch(
+                input_ids=ids, shift_labels=ids, position_ids=np.ascontiguousarray(positions), document_ids=documents
+            )
+            loss = negative_log_likelihood(engine, to_device(batch, device))
+            engine.backward(scaled_loss(loss, world_size=1, target_tokens=ids.size))
+        engine.step(1e-5)
+        _wait(device)
+        seconds.append(time.monotonic() - start)
+    return {
+        "allocated_bytes": torch.cuda.max_memory_allocated() if on_gpu else 0,
+        "reserved_bytes": torch.cuda.max_memory_reserved() if on_gpu else 0,
+        "device_used_bytes": _device_used() if on_gpu else 0,
+        "host_bytes": _host_peak(),
+        "step_seconds": statistics.median(seconds[1:]),
+        "all_steps_seconds": seconds,
+        "build_seconds": build_seconds,
+    }
+
+
+def _wait(device: Any) -> None:
+    import torch
+
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def _device_used() -> int:
+    import torch
+
+    free, total = torch.cuda.mem_get_info()
+    return int(total - free)
+
+
+def _host_peak() -> int:
+    """VmHWM: the largest resident set of this process, page-locked buffers included."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+
+
+def _errors(results: list[dict[str, Any]], quantity: str) -> list[float]:
+    return [
+        result["predicted"][quantity] / result["measured"][quantity] - 1
+        for result in results
+        if "measured" in result and result["measured"].get(quantity)
+    ]
+
+
+def _summary(results: list[dict[str, Any]]) -> dict[str, Any]:
+    """Per half: how many ran, and the relative errors. Host memory counts where something is offloaded."""
+    summary: dict[str, Any] = {}
+    for half in ("calibration", "judged"):
+        chosen = [result for result in results if result["half"] == half]
+        figures: dict[str, Any] = {
+            "configurations": len(chosen),
+            "measured": sum("measured" in result for result in chosen),
+            "refused": sum("refused" in result for result in chosen),
+            "failed": [result["name"] for result in chosen if "error" in result],
+            "out of memory though planned": [
+                result["name"] for result in chosen if "out of memory" in result.get("error", "").lower()
+            ],
+        }
+        offloaded = [result for result in chosen if result["offload"]]
+        for quantity, of in (("allocated_bytes", chosen), ("host_bytes", offloaded), ("step_seconds", chosen)):
+            errors = _errors(of, quantity)
+            if errors:
+                sizes = sorted(abs(error) for error in errors)
+                worst = max(errors, key=abs)
+                figures[quantity] = {"median": round(statistics.median(sizes), 4), "worst": round(worst, 4)}
+        summary[half] = figures
+    return summary
+
+
+def _line(result: dict[str, Any]) -> str:
+    head = f"{result['half'][:5]} {result['name']:<58}"
+    if "measured" not in result:
+        return f"{head} {result.get('error') or 'refused: ' + result.get('refused', '')}"[:300]
+    predicted, measured = result["predicted"], result["measured"]
+    peak = ""
+    if measured["allocated_bytes"]:
+        ratio = predicted["allocated_bytes"] / measured["allocated_bytes"] - 1
+        reserved = measured["reserved_bytes"] / GIB
+        peak = f"{measured['allocated_bytes'] / GIB:6.2f} GiB {ratio:+6.1%} (reserved {reserved:.2f})  "
+    step = predicted["step_seconds"] / measured["step_seconds"] - 1
+    host = f"  host {measured['host_bytes'] / GIB:.1f} against {predicted['host_bytes'] / GIB:.1f} GiB"
+    return f"{head} {peak}{measured['step_seconds']:.3f} s {step:+6.1%}{host}  in {result['wall_seconds']:.0f} s"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
