@@ -58,10 +58,12 @@ def run_foretune(spec: dict[str, Any]) -> dict[str, Any] | None:
     times: list[float] = []
     losses: list[float] = []
     tokens: list[int] = []
+    phases: list[dict[str, float]] = []
 
     class Note:
         def after_step(self, report: Any, state: Any) -> None:
             times.append(report.seconds)
+            phases.append(report.seconds_by_phase)
             losses.append(report.loss)
             tokens.append(report.tokens)
 
@@ -71,7 +73,8 @@ def run_foretune(spec: dict[str, Any]) -> dict[str, Any] | None:
     train(engine, loader, TrainState(), total_steps=spec["steps"], learning_rate=lambda step: LEARNING_RATE,
           hooks=[Note()])  # fmt: skip
     close_group()
-    return {"step_seconds": times, "losses": losses, "tokens": tokens} if rank.is_main else None
+    figures = {"step_seconds": times, "losses": losses, "tokens": tokens, "phases": phases}
+    return figures if rank.is_main else None
 
 
 def run_trainer(spec: dict[str, Any]) -> dict[str, Any]:

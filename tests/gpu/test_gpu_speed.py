@@ -214,7 +214,8 @@ def test_cross_entropy_against_torchs_own() -> None:
 
 @pytest.mark.parametrize(("stage", "dtype"), [(1, "fp32"), (1, "bf16"), (2, "fp32")])
 def test_a_step_waits_for_the_device_as_little_as_can_be(stage: int, dtype: str) -> None:
-    """Per step: is the norm finite, is it to be clipped, the norm, the loss. Nothing per micro-batch, nothing compiled after the warm-up."""
+    """Per step: is the norm finite, is it to be clipped, the norm, the loss. Nothing per micro-batch, and nothing is
+    compiled after the warm-up."""
     script = Path(__file__).parent / "waits_of_a_step.py"
     done = subprocess.run([sys.executable, str(script), str(stage), dtype], capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stdout[-1500:] + done.stderr[-3000:]
