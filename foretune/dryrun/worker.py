@@ -90,10 +90,13 @@ def _patch() -> None:
     import deepspeed.runtime.zero.stage3  # noqa: F401  (loads every module that holds the function patched below)
     import torch
 
-    def stay(self: torch.nn.Module, *_: Any, **__: Any) -> torch.nn.Module:
+    def cast_only(self: torch.nn.Module, *given: Any, **named: Any) -> torch.nn.Module:
+        dtype = next((value for value in (*given, *named.values()) if isinstance(value, torch.dtype)), None)
+        for parameter in self.parameters() if dtype is not None else ():
+            parameter.data = parameter.data.to(dtype)
         return self
 
-    torch.nn.Module.to = stay  # type: ignore[method-assign, assignment]
+    torch.nn.Module.to = cast_only  # type: ignore[method-assign, assignment]
     for name, module in list(sys.modules.items()):
         if name.startswith("deepspeed") and hasattr(module, "assert_ints_same_as_other_ranks"):
             setattr(module, "assert_ints_same_as_other_ranks", lambda *_, **__: None)  # noqa: B010 (no such attribute)

@@ -9,7 +9,7 @@ from typing import Any
 
 from foretune.artifacts import Cluster
 from foretune.config.schema import TrainConfig
-from foretune.planning.predict.memory import sums_apart
+from foretune.planning.predict.memory import persistence_threshold, sums_apart
 from foretune.planning.strategy import Strategy, Workload, buckets_for
 
 #: DeepSpeed prints a line every so many steps; the journal already does.
@@ -90,7 +90,7 @@ def _zero_section(work: Workload, strategy: Strategy, cluster: Cluster, nvme_pat
     if stage == 3:
         section |= {
             "stage3_prefetch_bucket_size": sizes.prefetch,
-            "stage3_param_persistence_threshold": max(sizes.persistence, _largest_adapter(work)),
+            "stage3_param_persistence_threshold": persistence_threshold(work),
             "stage3_max_live_parameters": sizes.max_live,
             "stage3_max_reuse_distance": sizes.max_live,
             "sub_group_size": strategy.sub_group_size,
@@ -107,14 +107,6 @@ def _zero_section(work: Workload, strategy: Strategy, cluster: Cluster, nvme_pat
             if name in section:
                 section[name] |= {"device": "nvme", "nvme_path": nvme_path}
     return section
-
-
-def _largest_adapter(work: Workload) -> int:
-    """Parameters of the largest A or B of LoRA; 0 without. Kept whole: below 1 % of the model, and ZeRO-3 otherwise
-    fetches and releases each of the fourteen of a layer by itself, three times a micro-batch."""
-    if not work.lora_rank:
-        return 0
-    return work.lora_rank * max(max(linear.inputs, linear.outputs) for linear in work.shape.linears)
 
 
 def _optimizer_section(train: TrainConfig, learning_rate: float, strategy: Strategy) -> dict[str, Any]:

@@ -220,8 +220,10 @@ def _buffers(phase: str, work: Workload, strategy: Strategy, cluster: Cluster) -
     def line(formula: str, numbers: str, value: int, source: str) -> Derivation:
         return Derivation(part="buffers", formula=formula, numbers=numbers, value=value, source=source)
 
-    if persistent:
+    if persistent and strategy.zero_stage == 3:
         yield line("b·bucket", f"{b} · {bucket:,}", persistent, "reduce bucket of ZeRO-3, which stays")
+    elif persistent:
+        yield line("b·widest", f"{b} · {persistent // b:,}", persistent, "a gradient on its way to the host")
     if phase == "step":
         return
     if gathered := memory.gathered_bytes(work, strategy, cluster.world_size):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from math import ceil
 
 from foretune.artifacts import Cluster
-from foretune.planning.predict.memory import USABLE_SHARE, device_memory, initialisation_bytes
+from foretune.planning.predict.memory import USABLE_SHARE, device_memory, initialisation_bytes, offloading_bytes
 from foretune.planning.strategy import GIB, Strategy, Workload
 
 #: A Python process with torch, transformers and deepspeed imported, CUDA's libraries and pinned staging buffers.
@@ -22,9 +22,9 @@ def host_memory_per_node(work: Workload, strategy: Strategy, cluster: Cluster) -
 def host_parts(work: Workload, strategy: Strategy, cluster: Cluster) -> dict[str, int]:
     """The same by part: loading the weights, or running with what is offloaded and being saved, whichever is more.
 
-    Offloading at stages 1 and 2 takes 18.4 bytes a parameter of the rank's shard (measured: device and host together
-    20.4, the device 2). At stage 3: 12 bytes of the offloaded share, its fp32 gradients pinned, and the accumulated
-    gradients of the whole shard pinned; pinned buffers are rounded up to a power of two by torch's host allocator.
+    Offloading at stages 1 and 2: `offloading_bytes`, 18 a parameter of the rank's shard and a buffer (measured: device
+    and host together 20.4, the device 2). At stage 3: 12 bytes of the offloaded share, its fp32 gradients pinned, and
+    the accumulated gradients of the whole shard pinned; torch rounds pinned buffers up to a power of two.
     What lies on NVMe takes buffers only.
     """
     per_node = cluster.devices_per_node
@@ -52,7 +52,7 @@ def _offloaded_optimizer(work: Workload, strategy: Strategy, shard: int, group: 
     if not strategy.offload_optimizer:
         return 0
     if strategy.zero_stage < 3:
-        return int((10.4 + work.optimizer_state_bytes) * shard)
+        return offloading_bytes(work, strategy, shard)
     pinned_gradients = shard / group * _power_of_two(4 * group)
     accumulated = _power_of_two(work.gradient_bytes * shard)
     if strategy.nvme:  # four buffers of a sub-group's states and gradients; accumulated gradients stay in memory

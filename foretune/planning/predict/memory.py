@@ -131,9 +131,29 @@ def standing_bytes(work: Workload, strategy: Strategy, cluster: Cluster) -> int:
     held = work.parameter_bytes * held_parameters(work, here, cluster) + _state_bytes(work, strategy) * shard
     gradients, _ = _gradient_bytes(work, strategy, shard, 1.0)
     standing = _gradients_in_forward(work, replace(strategy, accumulation_steps=1), gradients)
-    if strategy.offload_optimizer and 0 < strategy.zero_stage < 3:
-        standing = 4 * shard  # the pinned fp32 gradients that the host's optimizer reads
+    if strategy.offload_optimizer:
+        standing = offloading_bytes(work, strategy, shard) - strategy.state_bytes(work) * shard
     return held + standing + buffer_bytes(work, here, cluster.world_size)[0]
+
+
+def offloading_bytes(work: Workload, strategy: Strategy, shard: int) -> int:
+    """What an engine keeps for an optimizer that is offloaded whole, before anything is rounded up (dry runs).
+
+    Master and states, and pinned: the fp32 gradients that the host's optimizer reads (4). At stages 1 and 2 a copy of
+    the weights in their own format (b) and a buffer for the widest gradient, at stage 3 the accumulated gradients (a).
+    """
+    b, states = work.parameter_bytes, strategy.state_bytes(work)
+    if strategy.zero_stage < 3:
+        return (states + 4 + b) * shard + b * widest_of(work)
+    return (states + 4 + work.gradient_bytes) * shard
+
+
+def widest_of(work: Workload) -> int:
+    """Parameters of the largest tensor that is trained: the embedding, or with adapters one of them."""
+    shape = work.shape
+    if not work.lora_rank:
+        return shape.vocab_size * shape.hidden_size
+    return work.lora_rank * max(max(linear.inputs, linear.outputs) for linear in shape.linears)
 
 
 def _state_bytes(work: Workload, strategy: Strategy) -> int:
@@ -159,13 +179,14 @@ def buffer_bytes(work: Workload, strategy: Strategy, ranks: int) -> tuple[int, i
     """(persistent, in backward): reduce bucket, and its copies on the way.
 
     Several ranks need copies: stages 1 and 2 one for the collective, stage 3 one flat and one scattered. Stage 3 keeps
-    its bucket from the start, stages 1 and 2 make it in every backward.
+    its bucket from the start, stages 1 and 2 make it in every backward, and keep a buffer for what goes to the host.
     """
     if strategy.zero_stage == 0 or sums_apart(work, strategy):
         return 0, 0
     b, bucket, alone = work.parameter_bytes, strategy.reduce_bucket_size, ranks == 1
     if strategy.zero_stage < 3:
-        return 0, b * bucket * (1 if alone else 2)
+        staging = b * widest_of(work) if strategy.offload_optimizer else 0
+        return staging, b * bucket * (1 if alone else 2)
     return b * bucket, 0 if alone else b * bucket * 2
 
 
@@ -181,9 +202,31 @@ def held_parameters(work: Workload, strategy: Strategy, cluster: Cluster) -> int
     """Parameters that stay on the device between steps."""
     if strategy.zero_stage < 3:
         return work.parameters
+    whole = persistent_parameters(work) if cluster.world_size > 1 else 0
     if strategy.offload_param and cluster.accelerator.kind != "cpu":
-        return 0
-    return ceil(work.parameters / cluster.world_size)
+        return whole
+    return ceil(work.parameters / cluster.world_size) + whole
+
+
+def persistent_parameters(work: Workload) -> int:
+    """What ZeRO-3 also keeps whole on every rank: tensors no larger than its threshold, so norms, biases, adapters."""
+    shape, most = work.shape, persistence_threshold(work)
+    sizes = [(linear.copies * linear.bias, linear.outputs) for linear in shape.linears]
+    sizes += [(linear.copies, linear.inputs * linear.outputs) for linear in shape.linears]
+    for linear in shape.linears if work.lora_rank else ():
+        sizes += [(linear.copies, work.lora_rank * linear.inputs), (linear.copies, work.lora_rank * linear.outputs)]
+    layer = sum(count * size for count, size in sizes if size <= most) + shape.layer_norm_parameters
+    return shape.num_layers * layer + shape.final_norm_parameters
+
+
+def persistence_threshold(work: Workload) -> int:
+    """Elements of a tensor up to which ZeRO-3 keeps it whole: norms, biases, and the largest A or B of LoRA.
+
+    Adapters are below 1 % of the model, and ZeRO-3 otherwise fetches and releases each of the fourteen of a layer by
+    itself, three times a micro-batch.
+    """
+    adapters = [work.lora_rank * max(linear.inputs, linear.outputs) for linear in work.shape.linears]
+    return max([buckets_for(work.shape, work.trainable).persistence, *adapters])
 
 
 def reduced_at_once(work: Workload, strategy: Strategy, cluster: Cluster) -> int:
