@@ -21,6 +21,7 @@ from foretune.artifacts import RunFolder, write_atomically
 from foretune.checkpoint import layout
 from foretune.config import Config, load_config, to_yaml
 from foretune.errors import UserError
+from foretune.model.source import default_cache
 
 #: Keys that may change between two calls without changing what is trained, or on what.
 _FREE_KEYS = ("checkpoint", "evaluate.tasks", "data.num_proc", "trust_remote_code")
@@ -44,6 +45,11 @@ def resolved(config: Config) -> Config:
     template = None if template is None else _absolute("data.chat_template", template)
     data = config.data.model_copy(update={"sources": sources, "chat_template": template})
     return config.model_copy(update={"model": _absolute("model", config.model), "data": data})
+
+
+def calibration_file() -> Path:
+    """Where this user's runs on this machine keep what they took against their plans."""
+    return default_cache().parent / "calibration.json"
 
 
 def default_out(config: Config) -> Path:

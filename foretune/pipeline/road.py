@@ -35,7 +35,7 @@ from foretune.errors import UserError
 from foretune.events import EventKind, Journal, read_events
 from foretune.model.source import resolve_model
 from foretune.pipeline.first_look import look_at_model
-from foretune.pipeline.folder import default_out, expanded, opened, resolved, settle
+from foretune.pipeline.folder import calibration_file, default_out, expanded, opened, resolved, settle
 from foretune.reporting.tables import evaluation_summary, plan_summary, prepared_summary
 from foretune.reporting.units import bytes_text, loss_text, plural
 
@@ -95,6 +95,7 @@ def travel(
     out: Path | None = None,
     nproc: int | None = None,
     until: StageName = "export",
+    calibration: Path | None = None,
     on_event: EventSink = lambda event: None,
 ) -> RunResult:
     """Go the road up to and including the stage `until`.
@@ -103,6 +104,7 @@ def travel(
         config: what is wanted.
         out: the run folder; `default_out` if not given. One that holds a run of the same configuration is gone on with.
         nproc: ranks on this machine; one per GPU, or as planned for a CPU, if not given.
+        calibration: file of what runs on this machine took against their plans; `calibration_file` if not given.
         on_event: called with every event of the journal as it is written.
 
     Raises:
@@ -115,6 +117,7 @@ def travel(
     last = STAGES.index(until)
     with opened(run, config) as same_wishes, _journal(run) as journal:
         road = _Road(run, config, nproc=nproc, same_wishes=same_wishes, journal=journal, on_event=on_event)
+        road.calibration = planning.Calibration(calibration or calibration_file())
         model, prepared = road.prepare(weights=until != "prepare" and not config.from_scratch)
         if last < STAGES.index("plan"):
             return RunResult(run.path, prepared)
@@ -144,6 +147,7 @@ class _Road:
         self.run, self.config, self.nproc, self.same_wishes = run, config, nproc, same_wishes
         self.journal, self.on_event = journal, on_event
         self.data_reused = False
+        self.calibration: planning.Calibration | None = None
         self.tell(EventKind.RUN_STARTED, out=str(run.path), versions=_versions())
 
     def tell(self, kind: EventKind, **payload: Any) -> None:
@@ -181,7 +185,9 @@ class _Road:
             if plan is not None:
                 done(plan_summary(plan), skipped=True)
                 return plan
-            plan = planning.make_plan(self.config, model_folder=model, cluster=cluster, prepared=prepared)
+            plan = planning.make_plan(
+                self.config, model_folder=model, cluster=cluster, prepared=prepared, calibration=self.calibration
+            )
             self._refuse_other_plan(plan)
             self._refuse_small_disk(plan)
             write_atomically(self.run.deepspeed_config, json.dumps(plan.deepspeed_config, indent=2) + "\n")
@@ -200,9 +206,7 @@ class _Road:
         with self._stage("train", planned_memory_bytes=plan.predicted.gpu_memory_bytes) as done:
             self._progress_of("train")(f"starting {plural(plan.world_size, 'rank')}")
             began = self.run.events.stat().st_size
-            launch.train(
-                self.run, plan, self.config, on_event=self.on_event, replan=planning.after_out_of_memory
-            )
+            launch.train(self.run, plan, self.config, on_event=self.on_event, replan=planning.after_out_of_memory)
             found = store.newest_complete(self.run.checkpoints)
             assert found is not None, "training ended well and left no checkpoint"
             self._compare_with(plan, began)
@@ -349,7 +353,11 @@ class _Road:
         quantities = {
             name: {"predicted": getattr(plan.predicted, name), "measured": value} for name, value in measured.items()
         }
+        # The allocator that is measured does not see the CUDA context.
+        quantities["gpu_memory_bytes"]["predicted"] -= plan.predicted.gpu_memory_parts.get("context", 0)
         self.tell(EventKind.PREDICTED_AGAINST_MEASURED, quantities=quantities)
+        if self.calibration is not None:
+            self.calibration.learn(plan, step_seconds=measured["step_seconds"], steps=len(steps))
 
 
 def exported_models(folder: Path) -> tuple[ExportedModel, ...]:

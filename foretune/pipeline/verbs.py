@@ -20,7 +20,7 @@ from foretune.config import Config, load_config
 from foretune.errors import UserError
 from foretune.model.source import default_cache, resolve_model
 from foretune.pipeline.first_look import look_at_model
-from foretune.pipeline.folder import default_out, expanded, resolved
+from foretune.pipeline.folder import calibration_file, default_out, expanded, resolved
 from foretune.pipeline.road import EventSink, RunResult, exported_models, hide_progress_bars, travel
 from foretune.planning.shapes import known_shape
 
@@ -116,8 +116,9 @@ def plan_for(
     nproc: int | None = None,
     out: Path | None = None,
     tokens: int | None = None,
+    calibration: Path | None = None,
 ) -> Plan:
-    """As `plan`, for a `Config`."""
+    """As `plan`, for a `Config`. `calibration`: what runs on this machine took; `calibration_file` if not given."""
     if not hardware.startswith("auto") and nproc is not None:
         raise UserError("--nproc", nproc, "can't be given together with --hardware", "write the ranks into --hardware")
     cluster = planning.parse_hardware(hardware, nproc)
@@ -128,7 +129,12 @@ def plan_for(
     if prepared is None and tokens is None:
         tokens = estimated_tokens(config)
     return planning.make_plan(
-        config, model_folder=_described_model(config), cluster=cluster, prepared=prepared, tokens=tokens
+        config,
+        model_folder=_described_model(config),
+        cluster=cluster,
+        prepared=prepared,
+        tokens=tokens,
+        calibration=planning.Calibration(calibration or calibration_file()),
     )
 
 

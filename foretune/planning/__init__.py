@@ -7,6 +7,7 @@ Config, PreparedDataset ────────┴──search memory and time�
 
 from foretune.planning.hardware import parse_hardware, probe
 from foretune.planning.planner import make_plan
+from foretune.planning.predict.calibration import Calibration
 from foretune.planning.replan import after_out_of_memory
 
-__all__ = ["after_out_of_memory", "make_plan", "parse_hardware", "probe"]
+__all__ = ["Calibration", "after_out_of_memory", "make_plan", "parse_hardware", "probe"]

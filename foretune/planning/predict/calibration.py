@@ -2,8 +2,9 @@
 
 finished run ──learn──▶ calibration.json ──pace──▶ Workload, and a decision that says so
 
-Kept by accelerator, method and stage class (ZeRO-3 fetches parameters, which is another kind of slow). Memory is not
-corrected: its formulas are exact up to what they leave out, and a wrong one should be found, not hidden.
+Of GPUs only: what a CPU takes depends on what else it does. Kept by accelerator, method and stage class (ZeRO-3 fetches
+parameters, which is another kind of slow). Memory is not corrected: its formulas are exact up to what they leave out,
+and a wrong one should be found, not hidden.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ class Calibration:
 
     def factor(self, cluster: Cluster, method: str, zero_stage: int) -> float:
         """On the step time; 1 where nothing was measured, or where another machine is described."""
-        ratios = self._ratios.get(_key(cluster, method, zero_stage), []) if cluster.probed else []
+        ratios = self._ratios.get(_key(cluster, method, zero_stage), []) if _is_here(cluster) else []
         return median(ratios) if ratios else 1.0
 
     def pace(self, cluster: Cluster, method: str) -> tuple[float, float]:
@@ -57,7 +58,7 @@ class Calibration:
         cluster = plan.cluster
         used = next((float(one.value) for one in plan.decisions if one.field == "calibration"), 1.0)
         ratio = step_seconds * used / plan.predicted.step_seconds
-        if not cluster.probed or steps < FEWEST_STEPS or not 1 / MOST <= ratio <= MOST:
+        if not _is_here(cluster) or steps < FEWEST_STEPS or not 1 / MOST <= ratio <= MOST:
             return False
         key = _key(cluster, plan.method, plan.zero_stage)
         self._ratios[key] = [*self._ratios.get(key, []), round(ratio, 4)][-REMEMBERED:]
@@ -66,5 +67,8 @@ class Calibration:
 
 
 def _key(cluster: Cluster, method: str, zero_stage: int) -> str:
-    ranks = f"{cluster.world_size}x" if cluster.accelerator.kind == "cpu" else ""  # ranks share the cores of a CPU
-    return f"{ranks}{cluster.accelerator.name} {method} {'ZeRO-3' if zero_stage == 3 else 'below ZeRO-3'}"
+    return f"{cluster.accelerator.name} {method} {'ZeRO-3' if zero_stage == 3 else 'below ZeRO-3'}"
+
+
+def _is_here(cluster: Cluster) -> bool:
+    return cluster.probed and cluster.accelerator.kind == "cuda"
