@@ -126,7 +126,8 @@ def _more_devices(config: Config, work: Workload, cluster: Cluster) -> Iterator[
         )
         if something_fits(config, work, wider):
             more = devices - have
-            yield f"{more} more GPU{'s' if more > 1 else ''} ({devices}x{name})"
+            ram = f"ram={wider.host_memory_bytes / GIB:.0f}GB"
+            yield f"{more} more GPU{'s' if more > 1 else ''} ({devices}x{name},{ram})"
             return
     for factor in MACHINES:
         nodes = cluster.nodes * factor

@@ -18,11 +18,14 @@ def reason_of(made: Plan, field: str) -> str:
     return next(decision.reason for decision in made.decisions if decision.field == field)
 
 
-def test_a_gpu_gets_packed_attention_and_compiled_layers() -> None:
-    made = plan("1xH100-80GB")
+def test_a_gpu_gets_packed_attention_and_compiled_layers_when_it_asks() -> None:
+    made = plan("1xH100-80GB", "plan.attention=packed", "plan.compile=true")
     assert made.attention == "packed"
     assert made.compile_layers
-    assert "without a mask" in reason_of(made, "plan.attention")
+    usual = plan("1xH100-80GB")
+    assert usual.attention == "sdpa"
+    assert not usual.compile_layers
+    assert "ask for" in reason_of(usual, "plan.attention")
 
 
 def test_a_cpu_gets_neither() -> None:
@@ -30,17 +33,6 @@ def test_a_cpu_gets_neither() -> None:
     assert made.attention == "sdpa"
     assert not made.compile_layers
     assert "CUDA" in reason_of(made, "plan.attention")
-
-
-def test_a_short_run_is_not_compiled_unless_asked() -> None:
-    assert not plan("1xH100-80GB", tokens=200_000).compile_layers
-    assert "before compiling has paid" in reason_of(plan("1xH100-80GB", tokens=200_000), "plan.compile")
-    assert plan("1xH100-80GB", "plan.compile=true", tokens=200_000).compile_layers
-
-
-def test_zero_3_and_rows_of_their_own_are_not_compiled() -> None:
-    assert not plan("1xH100-80GB", "plan.zero_stage=3").compile_layers
-    assert not plan("1xH100-80GB", "data.packing=false").compile_layers
 
 
 @pytest.mark.parametrize(

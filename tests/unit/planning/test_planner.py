@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -80,6 +81,75 @@ def test_7b_on_24_gb_wants_lora(config_of: MakeConfig) -> None:
     assert plan.trainable_parameters == 40_370_176
     assert plan.predicted.gpu_memory_bytes < 0.92 * 23.6 * GIB
     assert plan.offload_optimizer == 0
+
+
+def test_every_change_that_is_proposed_fits(config_of: MakeConfig) -> None:
+    """Each is planned here as it is written, on the machine that it names."""
+    with pytest.raises(NoPlanFits) as error:
+        plan_of(config_of(train={"max_length": 4096}), "1xRTX4090,ram=64GB")
+    changes = error.value.mend.split("; or ")
+    assert len(changes) >= 4
+    for change in changes:
+        machine = re.search(r"\(([^)]+)\)", change)
+        memory_text = re.match(r"([0-9.]+) GiB of host memory", change)
+        if change.startswith("--set method=lora"):
+            plan_of(config_of(train={"max_length": 4096}, method="lora"), "1xRTX4090,ram=64GB")
+        elif memory_text is not None:
+            plan_of(config_of(train={"max_length": 4096}), f"1xRTX4090,ram={memory_text[1]}GB")
+        else:
+            assert machine is not None, change
+            spec = machine[1] if "ram=" in machine[1] else f"{machine[1]},ram=64GB"
+            plan_of(config_of(train={"max_length": 4096}), spec)
+
+
+def test_quantised_weights_are_refused_with_the_reason(config_of: MakeConfig, tmp_path: Path) -> None:
+    keys = json.loads((STORIES / "config.json").read_text())
+    keys["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    (tmp_path / "config.json").write_text(json.dumps(keys))
+    for values, said in (({"plan": {"zero_stage": 3}, "method": "lora"}, "ZeRO-3"), ({}, "quantised")):
+        with pytest.raises(UserError, match=said) as error:
+            make_plan(config_of(**values), model_folder=tmp_path, cluster=parse_hardware("1xH100"), prepared=None)
+        assert error.value.field == "model"
+
+
+def test_bf16_states_are_proposed_only_when_allowed_and_said(config_of: MakeConfig) -> None:
+    config = config_of(train={"max_length": 4096})
+    plan = plan_of(config.model_copy(update={"allow_numerics": True}), "1xH200,ram=64GB")
+    assert plan.optimizer_dtype == "bf16"
+    assert "changes numerics" in decision(plan, "plan.optimizer_dtype").reason
+    assert plan.gradient_accumulation_dtype == "bf16"
+    assert plan.deepspeed_config["bf16"]["bf16_optimizer_states"] is True
+    with pytest.raises(NoPlanFits, match="--allow-numerics"):
+        plan_of(config, "1xH200,ram=64GB")
+    with pytest.raises(UserError, match="--allow-numerics"):
+        plan_of(config_of(plan={"optimizer_dtype": "bf16"}), "8xH100")
+
+
+def test_nvme_only_where_a_path_is_given(config_of: MakeConfig) -> None:
+    config = config_of(plan={"nvme_path": "/fast"}, train={"max_length": 4096})
+    plan = plan_of(config, "1xH100,ram=64GB")
+    zero = plan.deepspeed_config["zero_optimization"]
+    assert zero["offload_optimizer"] == {"device": "nvme", "pin_memory": True, "ratio": 1.0, "nvme_path": "/fast"}
+    assert plan.predicted.host_memory_bytes_per_node <= host.host_budget(plan.cluster)
+    assert "/fast" in decision(plan, "plan.offload_optimizer").reason
+
+
+def test_energy_and_cost_when_there_is_a_price(config_of: MakeConfig) -> None:
+    predicted = plan_of(config_of(), "8xH100,price=2.5", tokens=50_000_000).predicted
+    hours = 8 * predicted.total_seconds / 3600
+    assert predicted.cost == pytest.approx(2.5 * hours)
+    assert predicted.energy_kwh == pytest.approx(0.7 * hours)
+    assert plan_of(config_of(), "8xH100").predicted.cost is None
+
+
+def test_snapshots_count_in_host_memory_where_they_fit(config_of: MakeConfig) -> None:
+    roomy = plan_of(config_of(), "8xH100,ram=2TB")
+    parts = roomy.predicted.host_memory_parts
+    assert parts["snapshot of a checkpoint"] == roomy.predicted.checkpoint_bytes
+    assert sum(parts.values()) == roomy.predicted.host_memory_bytes_per_node
+    tight = plan_of(config_of(train={"max_length": 4096}), ONE_H100)
+    assert "snapshot of a checkpoint" not in tight.predicted.host_memory_parts
+    assert decision(tight, "checkpoint").value == "training waits"
 
 
 def test_7b_on_eight_cards_needs_no_offload(config_of: MakeConfig) -> None:
