@@ -104,7 +104,9 @@ def plan(
     hardware: Annotated[
         str, typer.Option("--hardware", help="auto, or for example 8xH100-80GB, 2x8xA100-40GB, 1xRTX4090, 4xcpu.")
     ] = "auto",
-    why: Annotated[bool, typer.Option("--why", help="Show every alternative, and the arithmetic line by line.")] = False,
+    why: Annotated[
+        bool, typer.Option("--why", help="Show every alternative, and the arithmetic line by line.")
+    ] = False,
     svg: Annotated[
         Path | None, typer.Option("--svg", metavar="FILE", help="Also draw the memory of each strategy as SVG.")
     ] = None,

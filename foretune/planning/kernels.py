@@ -12,12 +12,10 @@ from foretune.planning.strategy import Workload
 
 #: Heads that the packed attention kernels compute: multiples of 8 up to this.
 LARGEST_PACKED_HEAD = 256
-#: A run that is predicted to be shorter than this is not compiled: the first compilation takes about a minute.
-COMPILING_PAYS_SECONDS = 300.0
 
 
 def choose_attention(config: Config, work: Workload, cluster: Cluster) -> Decision:
-    """Packed where documents share rows and the kernels exist.
+    """SDPA; packed where that is asked for and can be. Its gradients have not been held against SDPA's on a GPU yet.
 
     Raises:
         UserError: (field ``plan.attention``) packed is asked for where it cannot be.
@@ -38,16 +36,11 @@ def choose_attention(config: Config, work: Workload, cluster: Cluster) -> Decisi
         raise UserError(field, asked, obstacle, "use sdpa or auto")
     if asked != "auto":
         return Decision(field=field, value=asked, reason="as set", pinned=True)
-    if obstacle:
-        return Decision(field=field, value="sdpa", reason=obstacle)
-    reason = "documents of a row are computed apart, without a mask" if work.packing else "no mask has to be built"
-    return Decision(field=field, value="packed", reason=reason)
+    return Decision(field=field, value="sdpa", reason=obstacle or "packed kernels are there for those who ask for them")
 
 
-def choose_compile(
-    config: Config, work: Workload, cluster: Cluster, *, zero_stage: int, total_seconds: float
-) -> Decision:
-    """Compiled where every row has the same length and the run is long enough to pay for it.
+def choose_compile(config: Config, cluster: Cluster, *, zero_stage: int) -> Decision:
+    """Not compiled, unless that is asked for: what it gains has not been measured on a GPU yet.
 
     Raises:
         UserError: (field ``plan.compile``) asked for where it cannot be.
@@ -62,10 +55,4 @@ def choose_compile(
         raise UserError(field, asked, obstacle, "remove the key")
     if asked != "auto":
         return Decision(field=field, value=asked, reason="as set", pinned=True)
-    if obstacle is None and not work.packing:
-        obstacle = "rows differ in length, and each length would be compiled anew"
-    if obstacle is None and total_seconds < COMPILING_PAYS_SECONDS:
-        obstacle = f"a run of {total_seconds:.0f} s ends before compiling has paid"
-    if obstacle:
-        return Decision(field=field, value=False, reason=obstacle)
-    return Decision(field=field, value=True, reason="norms, activations and residual sums become few kernels")
+    return Decision(field=field, value=False, reason=obstacle or "compiling is there for those who ask for it")

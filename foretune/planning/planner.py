@@ -77,7 +77,7 @@ def make_plan(
     if calibration is not None:
         work = replace(work, pace=calibration.pace(cluster, config.method))
     search.refuse_impossible_pins(config, work, cluster)
-    layout = _lay_out(config, work, cluster, total_steps=total)
+    layout = _lay_out(config, work, cluster)
     work, best, chosen = layout.work, layout.best, layout.best.strategy
     if chosen.bf16_states:
         accumulation = decide(accumulation.field, work.precision, "a bf16 master is stepped with bf16 gradients")
@@ -132,24 +132,15 @@ def make_plan(
     )
 
 
-def _lay_out(config: Config, work: Workload, cluster: Cluster, *, total_steps: int) -> _Layout:
-    """Search with compiled layers where they may be, and again without if the run then is too short for them."""
+def _lay_out(config: Config, work: Workload, cluster: Cluster) -> _Layout:
+    """Search with the kernels that the configuration asks for."""
     attention = choose_attention(config, work, cluster)
-    work = replace(work, attention=attention.value)
-    stage = 3 if config.plan.zero_stage == 3 else 0
-    compiling = choose_compile(config, work, cluster, zero_stage=stage, total_seconds=float("inf"))
-    if compiling.value:
-        candidates, best = _search(config, replace(work, compiled=True), cluster)
-        if best is not None:
-            seconds = total_steps * best.seconds
-            compiling = choose_compile(
-                config, work, cluster, zero_stage=best.strategy.zero_stage, total_seconds=seconds
-            )
-            if compiling.value or best.strategy.zero_stage == 3:
-                return _Layout(replace(work, compiled=True), candidates, best, attention, compiling)
+    compiling = choose_compile(config, cluster, zero_stage=3 if config.plan.zero_stage == 3 else 0)
+    work = replace(work, attention=attention.value, compiled=compiling.value)
     candidates, best = _search(config, work, cluster)
     if best is None:
         raise mend.nothing_fits(config, work, cluster, candidates)
+    choose_compile(config, cluster, zero_stage=best.strategy.zero_stage)  # refuses compiled layers at ZeRO-3
     return _Layout(work, candidates, best, attention, compiling)
 
 

@@ -21,6 +21,7 @@ from foretune.artifacts import Checkpoint, EvaluationReport, ExportedModel, Plan
 from foretune.checkpoint import layout
 from foretune.checkpoint.consolidate import iterate_weights
 from foretune.events import EventKind, read_events
+from foretune.heartbeat import read_heartbeat
 
 MODEL = Path(__file__).parents[1] / "models" / "stories260K"
 TOTAL_STEPS = 8
@@ -165,25 +166,52 @@ def test_interrupted_and_resumed_equals_uninterrupted(
     assert started[-1]["resumed_from"] == f"step-{stopped_at:08d}"
 
 
-def test_a_killed_rank_is_named_and_nothing_remains(data: Path, environment: dict[str, str], tmp_path: Path) -> None:
-    """Exit 4 with the last good checkpoint; no process left; going on works. LoRA at ZeRO-3, the hardest to save."""
+def test_a_killed_rank_costs_some_steps_and_nothing_else(
+    data: Path, environment: dict[str, str], tmp_path: Path
+) -> None:
+    """The same command goes on by itself to the end, and says what happened. LoRA at ZeRO-3, the hardest to save."""
     out = tmp_path / "killed"
     arguments = command(data, out, "plan.zero_stage=3", "method=lora", "lora.r=4")
     process, log = start(arguments, environment, tmp_path)
     wait_for_step(out, 4, process, log)
-    ranks = [p for p in processes_of(out) if "torch.distributed.run" not in p.cmdline()]
-    ranks = [p for p in ranks if "foretune.training.worker" in p.cmdline()]
-    assert len(ranks) == 2
-    ranks[1].kill()
-    assert process.wait(120) == 4, log.read_text()
-    assert "step-00000003" in log.read_text(), "names the last good checkpoint"
+    beat = read_heartbeat(RunFolder(out).heartbeat_of(1))
+    assert beat is not None
+    os.kill(beat.pid, signal.SIGKILL)
+    assert process.wait(200) == 0, log.read_text()
+    assert "ended by SIGKILL, rank 1" in log.read_text()
+    assert "from the last good checkpoint" in log.read_text()
     assert not processes_of(out)
-    finish(arguments, environment)
+    started = [e for e in read_events(out / "events.jsonl") if e["kind"] == EventKind.TRAINING_STARTED]
+    assert [event["resumed_from"] for event in started] in (
+        [None, "step-00000003"],
+        [None, "step-00000006"],
+    ), "the newest checkpoint at the moment of the kill"
     manifest = Checkpoint.read(out / "checkpoints" / f"step-{TOTAL_STEPS:08d}" / layout.MANIFEST)
     assert (manifest.zero_stage, manifest.method) == (3, "lora")
     kinds = {ExportedModel.read(path).kind for path in (out / "export").glob(f"*/{ExportedModel.file_name}")}
     assert kinds == {"adapter", "merged"}
     assert EvaluationReport.read(out / "evaluation.json").difference is not None
+
+
+def test_what_recovery_may_not_mend_ends_with_its_diagnosis(
+    data: Path, environment: dict[str, str], tmp_path: Path
+) -> None:
+    """No restart allowed: exit 4, the rank and the last good checkpoint are named, and the same command goes on."""
+    out = tmp_path / "stopped"
+    arguments = command(data, out, "plan.zero_stage=2", "recover.restarts_per_hour=0", verb="train")
+    process, log = start(arguments, environment, tmp_path)
+    wait_for_step(out, 4, process, log)
+    beat = read_heartbeat(RunFolder(out).heartbeat_of(0))
+    assert beat is not None
+    os.kill(beat.pid, signal.SIGKILL)
+    assert process.wait(120) == 4, log.read_text()
+    text = log.read_text()
+    assert "ended by SIGKILL" in text
+    assert "on rank 0" in text
+    assert "last good checkpoint" in text
+    assert not processes_of(out)
+    finish(arguments, environment)
+    assert layout.complete_steps(out / "checkpoints")[0] == TOTAL_STEPS
 
 
 def test_ranks_die_with_a_killed_supervisor(data: Path, environment: dict[str, str], tmp_path: Path) -> None:
