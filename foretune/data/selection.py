@@ -235,7 +235,7 @@ def _hold_out(
 def _mixed(digests: NDArray[np.void], seed: int) -> NDArray[np.uint64]:
     """A 64-bit key of each digest and the seed (the finaliser of splitmix64, Steele et al. 2014)."""
     words = np.frombuffer(digests.tobytes(), dtype=np.uint64).reshape(-1, 2)
-    keys = words[:, 0] ^ (np.uint64(seed) * np.uint64(0x9E3779B97F4A7C15) + words[:, 1])
+    keys = words[:, 0] ^ (np.uint64(seed * 0x9E3779B97F4A7C15 % 2**64) + words[:, 1])
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
         keys = (keys ^ (keys >> np.uint64(shift))) * np.uint64(factor)
     mixed: NDArray[np.uint64] = keys ^ (keys >> np.uint64(31))
