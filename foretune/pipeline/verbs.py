@@ -7,7 +7,6 @@ Keys of the configuration are keyword arguments; a section is a mapping. All rai
 
 from __future__ import annotations
 
-import glob
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ from foretune.checkpoint import layout
 from foretune.config import Config, load_config
 from foretune.errors import UserError
 from foretune.model.source import default_cache, resolve_model
+from foretune.pipeline.estimate import estimate_data
 from foretune.pipeline.first_look import look_at_model
 from foretune.pipeline.folder import calibration_file, default_out, expanded, resolved
 from foretune.pipeline.road import EventSink, RunResult, exported_models, hide_progress_bars, travel
@@ -28,9 +28,6 @@ _PathLike = str | Path
 
 #: Stands for the data in a plan that is asked for a model alone.
 NO_DATA = "no-data-given"
-
-#: English in UTF-8 with a vocabulary of 32k to 150k has about 4 bytes a token; GSM8K's JSON has 4.2 with SmolLM2's.
-BYTES_PER_TOKEN = 4
 
 
 def run(
@@ -126,14 +123,15 @@ def plan_for(
     folder = RunFolder(out or default_out(config))
     manifest = folder.data / PreparedDataset.file_name
     prepared = PreparedDataset.read(manifest) if manifest.is_file() and tokens is None else None
-    if prepared is None and tokens is None:
-        tokens = estimated_tokens(config)
+    model = _described_model(config)
+    estimate = estimate_data(config, model) if prepared is None and tokens is None else None
     return planning.make_plan(
         config,
-        model_folder=_described_model(config),
+        model_folder=model,
         cluster=cluster,
         prepared=prepared,
         tokens=tokens,
+        estimate=estimate,
         calibration=planning.Calibration(calibration or calibration_file()),
     )
 
@@ -143,19 +141,6 @@ def confirm(made: Plan, config: Config) -> dict[str, Any]:
     from foretune.dryrun import dry_run
 
     return dry_run(made, resolved(config)).as_json()
-
-
-def estimated_tokens(config: Config) -> int | None:
-    """Tokens of local data that is not prepared yet, from the bytes of its files; None if there are none here."""
-    total = 0
-    for source in config.data.sources:
-        path = Path(source.path)
-        files = (
-            [Path(name) for name in glob.glob(source.path, recursive=True)] if glob.has_magic(source.path) else [path]
-        )
-        files = [inner for file in files for inner in (sorted(file.rglob("*")) if file.is_dir() else [file])]
-        total += sum(file.stat().st_size for file in files if file.is_file())
-    return round(total / BYTES_PER_TOKEN) or None
 
 
 def evaluate(

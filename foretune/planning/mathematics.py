@@ -105,10 +105,10 @@ def data_facts(
 
 
 def _estimated_facts(estimate: DataEstimate, max_length: int, *, as_set: bool) -> DataFacts:
-    """Rows are taken to be packed full; the mean length is that of the sample."""
-    documents = max(1, estimate.documents)
+    """Rows are taken to be packed full, long texts to be cut into rows; the mean length is that of the sample."""
+    packs = max(1, ceil(estimate.tokens / max_length))
+    documents = max(packs if estimate.tokens > estimate.documents * max_length else 1, estimate.documents)
     length = min(float(max_length), max(1.0, estimate.tokens / documents))
-    packs = max(1, ceil(documents * length / max_length))
     reason = "as set" if as_set else f"the model's context, {ASSUMED_MAX_LENGTH} at most, until the data is prepared"
     return DataFacts(max_length, packs, documents, estimate.tokens, length, reason, estimate.source)
 

@@ -64,7 +64,7 @@ def bars_of(plan: Plan, *, alternatives: bool = True) -> list[Bar]:
         name += f" + {plan.offload_optimizer:.0%} of the optimizer in host memory"
     if plan.offload_param:
         name += " + parameters in host memory"
-    bars = [_bar(f"{name} (chosen)", plan.predicted, plan, chosen=True)]
+    bars = [_bar(f"chosen: {name}", plan.predicted, plan, chosen=True)]
     for lost in plan.rejected if alternatives else ():
         if lost.prediction is not None:
             bars.append(_bar(lost.name, lost.prediction, plan, chosen=False))

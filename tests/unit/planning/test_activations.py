@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from foretune.model.compilation import compile_layers
 from foretune.model.shape import shape_of
 from foretune.planning.predict.activations import activation_bytes_per_token_layer
 from foretune.planning.strategy import Precision, Workload
@@ -41,7 +42,14 @@ DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfl
 
 
 def saved_bytes(
-    family: str, keys: dict[str, Any], *, layers: int, precision: Precision, packed: bool, lora: bool
+    family: str,
+    keys: dict[str, Any],
+    *,
+    layers: int,
+    precision: Precision,
+    packed: bool,
+    lora: bool,
+    compiled: bool = False,
 ) -> int:
     """Bytes of the distinct storages that autograd saves in one forward pass, parameters not counted."""
     from peft import LoraConfig, get_peft_model
@@ -62,6 +70,8 @@ def saved_bytes(
         model = get_peft_model(model, adapters, autocast_adapter_dtype=False).to(DTYPES[precision])
         core = model.get_base_model().get_decoder()
     model.train()
+    if compiled:  # torch's partitioner decides what is kept; no compiler is needed for that
+        compile_layers(model, backend="aot_eager_decomp_partition")
     parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     sizes: dict[int, int] = {}
     alive: list[torch.Tensor] = []  # kept alive so that no address is used twice
@@ -75,6 +85,8 @@ def saved_bytes(
 
     ids = torch.randint(1, 500, (ROWS, LENGTH))
     positions = torch.arange(LENGTH)[None].repeat(ROWS, 1) % (LENGTH // 4 if packed else LENGTH)
+    if compiled:
+        core(input_ids=ids, position_ids=positions, use_cache=False)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         core(input_ids=ids, position_ids=positions, use_cache=False)
     return sum(sizes.values())
@@ -99,3 +111,23 @@ def test_a_layer_saves_what_the_closed_form_says(
         document_length=LENGTH, packing=packed,
     )  # fmt: skip
     assert activation_bytes_per_token_layer(work) == pytest.approx(measured, rel=0.01)
+
+
+@pytest.mark.filterwarnings("ignore")  # of the compiler, about its own parts
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize(
+    ("family", "keys"),
+    [case for case in CASES if case[0] in ("gpt2", "gpt_neox", "llama", "qwen2", "qwen3", "phi")],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_compiled_layer_saves_what_the_closed_form_says(family: str, keys: dict[str, Any], lora: bool) -> None:
+    options: dict[str, Any] = {"precision": "bf16", "packed": False, "lora": lora, "compiled": True}
+    three, two = (saved_bytes(family, keys, layers=layers, **options) for layers in (3, 2))
+    measured = (three - two) / (ROWS * LENGTH)
+    shape = shape_of({**keys, "model_type": family}, origin="test")
+    work = Workload(
+        shape=shape, trainable=1, frozen=int(lora), lora_rank=LORA_RANK if lora else 0, precision="bf16",
+        accumulation_dtype="fp32", optimizer_state_bytes=8, max_length=LENGTH, row_length=LENGTH, rows=ROWS,
+        document_length=LENGTH, packing=False,
+    )  # fmt: skip
+    assert activation_bytes_per_token_layer(work, compiled=True) == pytest.approx(measured, rel=0.02)
