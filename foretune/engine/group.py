@@ -41,11 +41,6 @@ def open_group(rank: RankInfo, *, deterministic: bool = False) -> torch.device:
     return device
 
 
-def import_ahead() -> None:
-    """Import what ``deepspeed.initialize`` otherwise imports itself (1.5 s)."""
-    import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
-
-
 def _free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))

@@ -19,6 +19,7 @@ import os
 import selectors
 import signal
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -90,21 +91,22 @@ def _fork(rank: dict[str, Any]) -> int:
 
 def _import_all(run: Path) -> None:
     """Everything that a rank will import, the model's own module included."""
-    import torch._dynamo
-    import torch.utils.tensorboard  # noqa: F401
     import transformers.integrations.deepspeed  # noqa: F401
 
     import foretune.training.build
     import foretune.training.loop
     import foretune.training.resume  # noqa: F401
     from foretune.artifacts import Plan, RunFolder
-    from foretune.engine import import_ahead
     from foretune.model.loading import import_model_class
 
-    import_ahead()
+    with suppress(ImportError):  # an extra
+        import torch.utils.tensorboard
     folder = RunFolder(run)
     if folder.plan.is_file():
-        import_model_class(Path(Plan.read(folder.plan).model))
+        plan = Plan.read(folder.plan)
+        if plan.zero_stage == 3:
+            import torch._dynamo  # noqa: F401  # what loading in parts needs; 1.5 s
+        import_model_class(Path(plan.model))
 
 
 if __name__ == "__main__":
