@@ -378,6 +378,19 @@ class RunFolder:
         """What a rank printed."""
         return self.logs / f"rank-{rank:05d}.log"
 
+    def passed_over_steps(self) -> frozenset[int]:
+        """Step numbers (from 0) whose data is not trained on."""
+        return frozenset(json.loads(self.passed_over.read_text()) if self.passed_over.is_file() else ())
+
+    def pass_over(self, step: int) -> None:
+        """Decide that the data of step number `step` is never trained on."""
+        write_atomically(self.passed_over, json.dumps(sorted({*self.passed_over_steps(), step})) + "\n")
+
+    def write_plan(self, plan: Plan) -> None:
+        """Write the plan, and before it DeepSpeed's configuration as a file of its own."""
+        write_atomically(self.deepspeed_config, json.dumps(plan.deepspeed_config, indent=2) + "\n")
+        plan.write(self.plan)
+
     def heartbeat_of(self, rank: int) -> Path:
         """Where a rank says what it is doing."""
         return self.launch / f"heartbeat-{rank:05d}"

@@ -43,7 +43,7 @@ def commit(partial: Path, manifest: Checkpoint, *, hashed: Mapping[str, RankFile
         sync_folder(folder)
     final = layout.folder_of(checkpoints, manifest.step)
     if final.exists():  # a step that was trained again after falling back behind it, or a finished run extended
-        if _is_good(final) and files == verify(final).files:
+        if _holds(final, files):
             shutil.rmtree(partial)
             return final
         shutil.rmtree(final)
@@ -115,12 +115,12 @@ def prune(checkpoints: Path, *, keep: int, keep_every: int | None = None) -> Non
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _is_good(folder: Path) -> bool:
+def _holds(folder: Path, files: Mapping[str, RankFile]) -> bool:
+    """Whether a complete checkpoint verifies and holds exactly these files."""
     try:
-        verify(folder)
+        return verify(folder).files == files
     except VerificationFailed:
         return False
-    return True
 
 
 def _delete(folder: Path) -> None:

@@ -2,6 +2,6 @@
 
 from foretune.launch.agent_process import Agents
 from foretune.launch.failures import Cause, Failure
-from foretune.launch.supervisor import pass_over, train
+from foretune.launch.supervisor import train
 
-__all__ = ["Agents", "Cause", "Failure", "pass_over", "train"]
+__all__ = ["Agents", "Cause", "Failure", "train"]

@@ -61,9 +61,8 @@ class AgentProcess:
         *lines, self._pending = (self._pending + (data or b"")).split(b"\n")
         for line in lines:
             message = json.loads(line)
-            if "exits" in message:
-                codes = {int(rank): code for rank, code in message["exits"].items()}
-                return Exits(codes, frozenset(message["first"]))
+            codes = {int(rank): code for rank, code in message["exits"].items()}
+            return Exits(codes, frozenset(message["first"]))
         return None
 
     def end(self) -> None:

@@ -50,29 +50,26 @@ class Persister:
         self._journal, self._faults = journal, faults
         self._lock = threading.Lock()
         self._ended = threading.Event()
+        self.error: BaseException | None = None
         self._thread = threading.Thread(target=self._watch, name="persister", daemon=True)
         self._thread.start()
-        self.error: BaseException | None = None
-
-    def finish(self) -> None:
-        """Write what is ready now. Afterwards no snapshot is pending."""
-        self._persist_if_ready()
 
     def close(self) -> None:
         """Finish and end the thread."""
         self._ended.set()
         self._thread.join()
-        self._persist_if_ready()
+        self.finish()
 
     def _watch(self) -> None:
         while not self._ended.wait(_POLL_SECONDS):
             try:
-                self._persist_if_ready()
+                self.finish()
             except Exception as error:
                 self.error = error
                 return
 
-    def _persist_if_ready(self) -> None:
+    def finish(self) -> None:
+        """Write what is ready now. Afterwards no snapshot is pending."""
         with self._lock:
             ready = self._run.saving / layout.READY
             if not ready.is_file():
@@ -95,8 +92,7 @@ class Persister:
         snapshots = [json.loads(path.read_text()) for path in sorted(self._run.saving.glob("rank-*.json"))]
         size = sum(length for snapshot in snapshots for _, _, length in snapshot["blobs"])
         checkpoints = self._run.checkpoints
-        checkpoints.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(checkpoints).free
+        free = shutil.disk_usage(checkpoints if checkpoints.is_dir() else self._run.path).free
         if free < size * 1.02 + 1e6:
             step = manifest.step
             self._tell(f"the checkpoint of step {step} was not written: it takes {size:,} bytes, {free:,} are free")

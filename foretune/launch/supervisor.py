@@ -10,7 +10,6 @@ them). A second SIGINT ends the ranks at once.
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import signal
@@ -24,13 +23,13 @@ from typing import Any
 
 import psutil
 
-from foretune.artifacts import Outcome, Plan, RunFolder, write_atomically
+from foretune.artifacts import Outcome, Plan, RunFolder
 from foretune.checkpoint import layout, store
 from foretune.config import Config
 from foretune.errors import Preempted, TrainingStopped, UserError
 from foretune.events import EventKind, Journal, read_events_from
 from foretune.faults import SUPERVISOR, Faults
-from foretune.launch.agent_process import Agents, Exits
+from foretune.launch.agent_process import AgentProcess, Agents, Exits
 from foretune.launch.failures import Cause, Failure, classify
 from foretune.launch.health import Hang, Health, oom_kills
 from foretune.launch.persister import Persister
@@ -116,7 +115,6 @@ class _Supervisor:
             if persister is not None:
                 stack.callback(_close_all, memories)
                 stack.callback(persister.close)
-            stack.callback(self._end_ranks)
             stack.enter_context(self._stop_signals())
             while True:
                 failure = self._launch(log, memories)
@@ -140,9 +138,21 @@ class _Supervisor:
         _fresh(run.saving)
         agent = self.agents.living(run.path, log=log, environment=_environment(self.plan))
         killed = oom_kills()
-        hang: Hang | None = None
         health = Health(run, ranks=self.plan.world_size, hang_seconds=_seconds(self.config.recover.hang_seconds))
         agent.launch(ranks=self.plan.world_size, arguments=self._arguments(memories))
+        try:
+            exits, hang = self._watch(agent, health)
+        except BaseException:
+            self.agents.kill()  # however this ends, no rank trains on
+            raise
+        self._forward()
+        phases = {rank: (beat.phase, beat.step) for rank, beat in health.beats().items()}
+        # Without an agent there are no ranks either, and no exit codes.
+        return self._conclude(exits or Exits(), phases, hang, oom_kills() - killed)
+
+    def _watch(self, agent: AgentProcess, health: Health) -> tuple[Exits | None, Hang | None]:
+        """Until all ranks have ended, or the agent is gone; a hang is ended here."""
+        hang: Hang | None = None
         while (exits := agent.exits()) is None and agent.alive:
             for event in self._forward():
                 if event["kind"] == EventKind.STEP:
@@ -151,12 +161,7 @@ class _Supervisor:
             if hang is None and (hang := health.hang()) is not None:
                 _kill(health)
             time.sleep(_POLL_SECONDS)
-        self._forward()
-        phases = {rank: (beat.phase, beat.step) for rank, beat in health.beats().items()}
-        if exits is None:
-            _kill(health)
-            exits = Exits()
-        return self._conclude(exits, phases, hang, oom_kills() - killed)
+        return exits, hang
 
     def _conclude(
         self, exits: Exits, phases: dict[int, tuple[str, int]], hang: Hang | None, oom_kills: int
@@ -175,7 +180,7 @@ class _Supervisor:
             raise Preempted(outcomes[0].step or 0)
         if run.stop_request.exists() and "bug" not in statuses:
             # The second Ctrl-C, or a failure while stopping: the work since the last checkpoint is gone.
-            raise Preempted((layout.complete_steps(run.checkpoints) or [0])[0])
+            raise Preempted(self._saved_step())
         if hang is not None:
             detail = f"it did not move for {hang.seconds:.0f} s in {hang.phase}: {hang.where}"
             return Failure(Cause.HANG, detail, rank=hang.rank, step=hang.step, phase=hang.phase)
@@ -199,23 +204,25 @@ class _Supervisor:
                 action = Action("stop", "the smallest micro-batch with every layer recomputed does not fit either")
             else:
                 self.plan = plan
-                plan.write(self.run.plan)
-                text = json.dumps(plan.deepspeed_config, indent=2) + "\n"
-                write_atomically(self.run.deepspeed_config, text)
+                self.run.write_plan(plan)
         elif action.kind == "pass_over":
             assert failure.step is not None
-            pass_over(self.run, failure.step)
+            self.run.pass_over(failure.step)
         self._tell(EventKind.RECOVERY, action=action.kind, why=action.why, wait_seconds=action.wait_seconds)
         if action.kind == "stop":
-            steps = layout.complete_steps(self.run.checkpoints)
-            last = str(layout.folder_of(self.run.checkpoints, steps[0])) if steps else None
+            saved = self._saved_step()
+            last = str(layout.folder_of(self.run.checkpoints, saved)) if saved else None
             cause = f"{failure.detail}; {action.why}"
             raise TrainingStopped(cause, rank=failure.rank, step=failure.step, last_checkpoint=last)
         deadline = time.monotonic() + action.wait_seconds
         while time.monotonic() < deadline:
             if self.run.stop_request.exists():
-                raise Preempted((layout.complete_steps(self.run.checkpoints) or [0])[0])
+                raise Preempted(self._saved_step())
             time.sleep(_POLL_SECONDS)
+
+    def _saved_step(self) -> int:
+        """The step of the newest complete checkpoint, 0 without one."""
+        return next(iter(layout.complete_steps(self.run.checkpoints)), 0)
 
     def _check_last_checkpoint(self) -> None:
         """Training that ended well has its last checkpoint on disk; a full disk may have prevented it."""
@@ -257,11 +264,6 @@ class _Supervisor:
             arguments += ["--faults", str(self.faults)]
         return arguments
 
-    def _end_ranks(self) -> None:
-        """However this ends, no rank trains on; a shared agent only loses its ranks."""
-        beats = Health(self.run, ranks=self.plan.world_size, hang_seconds=None)
-        _kill(beats)
-
     def _forward(self) -> list[dict[str, Any]]:
         """Hand on the events since the last call, and return them."""
         events = []
@@ -296,16 +298,6 @@ class _Supervisor:
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
-
-
-def pass_over(run: RunFolder, step: int) -> None:
-    """Decide that the data window of step number `step` (from 0) is never trained on."""
-    write_atomically(run.passed_over, json.dumps(sorted({*passed_over(run), step})) + "\n")
-
-
-def passed_over(run: RunFolder) -> list[int]:
-    """The step numbers whose data is passed over."""
-    return list(json.loads(run.passed_over.read_text())) if run.passed_over.is_file() else []
 
 
 def _environment(plan: Plan) -> dict[str, str]:

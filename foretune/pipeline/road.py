@@ -9,7 +9,6 @@ import it when their turn comes.
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -27,7 +26,6 @@ from foretune.artifacts import (
     Plan,
     PreparedDataset,
     RunFolder,
-    write_atomically,
 )
 from foretune.checkpoint import layout, store
 from foretune.config import Config
@@ -190,8 +188,7 @@ class _Road:
             )
             self._refuse_other_plan(plan)
             self._refuse_small_disk(plan)
-            write_atomically(self.run.deepspeed_config, json.dumps(plan.deepspeed_config, indent=2) + "\n")
-            plan.write(self.run.plan)
+            self.run.write_plan(plan)
             done(plan_summary(plan))
             return plan
 

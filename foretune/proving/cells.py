@@ -124,7 +124,7 @@ def _of_supervisor(layout: Layout) -> list[Cell]:
 
 
 def small_matrix() -> list[Cell]:
-    """At least one cell of every fault, every phase and every stage; about three minutes on two cores."""
+    """At least one cell of every fault, every phase and every stage: what every test run goes through."""
     two, three = Layout(2), Layout(3)
     cells = [
         *(cell for cell in _kills(two) if cell.seed not in (2, 4)),

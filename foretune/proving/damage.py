@@ -13,7 +13,7 @@ from foretune.checkpoint import layout
 def damage_newest(checkpoints: Path, how: str, *, seed: int) -> None:
     """Damage the newest complete checkpoint: flip_bit, truncate, delete_manifest or remove_newest."""
     folder = layout.folder_of(checkpoints, layout.complete_steps(checkpoints)[0])
-    _WAYS[how](folder, random.Random(seed))
+    WAYS[how](folder, random.Random(seed))
 
 
 def _shard(folder: Path) -> Path:
@@ -37,7 +37,8 @@ def _truncate(folder: Path, chance: random.Random) -> None:
         file.truncate(chance.randrange(path.stat().st_size))
 
 
-_WAYS: dict[str, Callable[[Path, random.Random], None]] = {
+#: What can be done to one, by name.
+WAYS: dict[str, Callable[[Path, random.Random], None]] = {
     "flip_bit": _flip_bit,
     "truncate": _truncate,
     "delete_manifest": lambda folder, _: (folder / layout.MANIFEST).unlink(),

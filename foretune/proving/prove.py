@@ -30,9 +30,9 @@ from foretune.checkpoint import store
 from foretune.config import Config
 from foretune.errors import ExitCode, ForetuneError, Preempted
 from foretune.events import EventKind, read_events
-from foretune.faults import SUPERVISOR, Fault, fired_mark, write_faults
+from foretune.faults import SUPERVISOR, Action, Fault, fired_mark, write_faults
 from foretune.proving.cells import Cell, Layout
-from foretune.proving.damage import damage_newest
+from foretune.proving.damage import WAYS, damage_newest
 from foretune.proving.digest import losses, losses_digest, relative_difference, state_digest
 from foretune.proving.killer import HOLD_SECONDS, Killer
 from foretune.proving.verdict import CellResult, Verdict
@@ -162,10 +162,10 @@ class Prover:
             self._say(f"{layout.name}: reference{without}")
             run = self.fresh_run(layout)
             for step in window:
-                launch.pass_over(run, step)
+                run.pass_over(step)
             template = self._templates[layout]
             launch.train(run, template.plan, template.config, agents=self._agents)
-            checkpoint, _ = _newest(run)
+            checkpoint = _newest(run)
             self._references[key] = _Reference(checkpoint, state_digest(checkpoint), losses_digest(run), losses(run))
         return self._references[key]
 
@@ -199,31 +199,26 @@ class Prover:
         return run
 
     def _faults_of(self, cell: Cell) -> list[Fault]:
-        here = {"point": cell.phase, "step": cell.step, "rank": cell.rank}
-        kill_later = Fault("kill", "data", cell.step, rank=cell.rank)
-        if cell.fault == "kill":
-            return [Fault("kill", **here)]  # type: ignore[arg-type]
-        if cell.fault in ("kill_from_outside", "terminate"):
-            return [Fault("hold", **here, seconds=HOLD_SECONDS)]  # type: ignore[arg-type]
-        if cell.fault == "kill_supervisor":
-            action = "kill" if cell.rank == SUPERVISOR else "hold"
-            return [Fault(action, **here, seconds=HOLD_SECONDS)]  # type: ignore[arg-type]
-        if cell.fault == "stop":
-            return [Fault("stop", **here)]  # type: ignore[arg-type]
-        if cell.fault in ("flip_bit", "truncate", "delete_manifest", "remove_newest"):
-            return [kill_later]
-        if cell.fault == "no_space":
-            return [Fault("no_space", **here), Fault("kill", "data", cell.step + 2)]  # type: ignore[arg-type]
-        if cell.fault == "loader_error":
-            return [Fault("raise", **here)]  # type: ignore[arg-type]
-        return [Fault(cell.fault, **here)]  # type: ignore[arg-type]
+        """What is armed; a fault that is not in the table is called by its own name in `foretune.faults`."""
+        actions: dict[str, Action] = {
+            "kill_from_outside": "hold",
+            "terminate": "hold",
+            "kill_supervisor": "kill" if cell.rank == SUPERVISOR else "hold",
+            "loader_error": "raise",
+            **dict.fromkeys(WAYS, "kill"),
+        }
+        action = actions.get(cell.fault, cell.fault)
+        armed = [Fault(action, cell.phase, cell.step, rank=cell.rank, seconds=HOLD_SECONDS)]  # type: ignore[arg-type]
+        if cell.fault == "no_space":  # and what is lost by it
+            armed.append(Fault("kill", "data", cell.step + 2))
+        return armed
 
     def _in_process(self, cell: Cell, run: RunFolder, faults: Path) -> list[int]:
         """Train with this process as the supervisor; returns the exit codes that a command would have given."""
         codes: list[int] = []
 
         def before_restart(failure: launch.Failure) -> None:
-            if cell.fault in ("flip_bit", "truncate", "delete_manifest", "remove_newest"):
+            if cell.fault in WAYS:
                 damage_newest(run.checkpoints, cell.fault, seed=cell.seed + self._seed)
 
         with ExitStack() as stack:
@@ -328,10 +323,10 @@ class Prover:
         return checkpoint_layout.folder_of(checkpoints, checkpoint_layout.complete_steps(checkpoints)[-1])
 
 
-def _newest(run: RunFolder) -> tuple[Path, int]:
+def _newest(run: RunFolder) -> Path:
     found = store.newest_complete(run.checkpoints)
     assert found is not None, "a reference left no checkpoint"
-    return found[0], found[1].step
+    return found[0]
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:

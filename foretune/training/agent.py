@@ -2,9 +2,9 @@
 
     python -m foretune.training.agent RUN
 
-in (stdin): one JSON line a launch, ``{"ranks": N, "arguments": [...]}``   out (stdout): ``{"ready": true}``, then one
-line for each launch, ``{"exits": {"0": code, ...}, "first": [0]}`` (a negative code is a signal's number; `first` are
-the ranks that had failed when the agent noticed and killed the rest).
+in (stdin): one JSON line a launch, ``{"ranks": N, "arguments": [...]}``   out (stdout): one line for each launch,
+``{"exits": {"0": code, ...}, "first": [0]}`` (a negative code is a signal's number; `first` are the ranks that had
+failed when the agent noticed and killed the rest).
 
 It stays between launches, so that a restart costs a fork and a rendezvous. When one rank ends badly the others are
 killed at once: they could only wait for it. Restarts are the supervisor's decision (``max_restarts`` is 0 here).
@@ -34,6 +34,7 @@ from torch.distributed.elastic.rendezvous import RendezvousParameters
 from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 
 from foretune.distributed import die_with_parent
+from foretune.training.spare import messages_alone_on_stdout
 
 #: How often the ranks are looked at, seconds.
 _MONITOR_SECONDS = 0.03
@@ -197,15 +198,9 @@ def main() -> None:
     """Serve launches until stdin closes."""
     die_with_parent()
     logging.getLogger("torch.distributed.elastic").setLevel(logging.WARNING)
-    out = os.dup(sys.stdout.fileno())
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # libraries' prints belong into the log
-
-    def say(message: dict[str, Any]) -> None:
-        os.write(out, json.dumps(message).encode() + b"\n")
-
+    say = messages_alone_on_stdout()
     spare = Spare(sys.argv[1])
     spare.wait_until_ready()
-    say({"ready": True})
     for line in sys.stdin:
         order = json.loads(line)
         say(launch(spare, ranks=order["ranks"], arguments=order["arguments"]))

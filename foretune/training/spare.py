@@ -19,6 +19,7 @@ import os
 import selectors
 import signal
 import sys
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -32,12 +33,7 @@ _POLL_SECONDS = 0.02
 def main() -> None:
     """Import, say so, and serve until stdin closes."""
     die_with_parent()
-    out = os.dup(sys.stdout.fileno())
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # libraries print; the pipe is for our messages alone
-
-    def say(message: dict[str, Any]) -> None:
-        os.write(out, json.dumps(message).encode() + b"\n")
-
+    say = messages_alone_on_stdout()
     _import_all(Path(sys.argv[1]))
     gc.collect()
     gc.freeze()  # the collector would otherwise write to, and so copy, every inherited page
@@ -61,6 +57,17 @@ def main() -> None:
             if done:
                 living.discard(pid)
                 say({"exited": [pid, os.waitstatus_to_exitcode(status)]})
+
+
+def messages_alone_on_stdout() -> Callable[[dict[str, Any]], None]:
+    """Send what libraries print to stderr; returns what writes a message to the pipe that stdout was."""
+    out = os.dup(sys.stdout.fileno())
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+
+    def say(message: dict[str, Any]) -> None:
+        os.write(out, json.dumps(message).encode() + b"\n")
+
+    return say
 
 
 def _fork(rank: dict[str, Any]) -> int:

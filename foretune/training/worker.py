@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import faulthandler
-import json
 import os
 import signal
 import sys
@@ -96,7 +95,7 @@ def _train(run: RunFolder, rank: RankInfo, heartbeat: Heartbeat, options: argpar
         heartbeat=heartbeat,
         faults=Faults(options.faults, rank=rank.rank),
         memory=memory,
-        passed_over=frozenset(json.loads(run.passed_over.read_text()) if run.passed_over.is_file() else ()),
+        passed_over=run.passed_over_steps(),
     )
     device = open_group(rank, deterministic=assignment.config.train.deterministic)
     engine, model = build.build_engine(assignment, device)

@@ -12,7 +12,6 @@ import sys
 import time
 from pathlib import Path
 
-import psutil
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -22,6 +21,7 @@ from foretune.checkpoint import layout
 from foretune.checkpoint.consolidate import iterate_weights
 from foretune.events import EventKind, read_events
 from foretune.heartbeat import read_heartbeat
+from foretune.proving.prove import processes_of
 
 MODEL = Path(__file__).parents[1] / "models" / "stories260K"
 TOTAL_STEPS = 8
@@ -75,18 +75,6 @@ def wait_for_step(out: Path, step: int, process: subprocess.Popen, log: Path) ->
         assert process.poll() is None, log.read_text()[-3000:]
         assert time.monotonic() < deadline, "no step in time"
         time.sleep(0.02)
-
-
-def processes_of(out: Path) -> list[psutil.Process]:
-    """Every process whose command line names this run."""
-    found = []
-    for process in psutil.process_iter():
-        try:
-            if str(out) in " ".join(process.cmdline()) and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(process)
-        except psutil.Error:
-            continue
-    return found
 
 
 def weights_digest(out: Path) -> str:
