@@ -69,23 +69,16 @@ def peaks() -> dict[str, int]:
     return {"peak_bytes": torch.cuda.max_memory_allocated(), "peak_reserved_bytes": torch.cuda.max_memory_reserved()}
 
 
-def run_foretune(spec: dict[str, Any]) -> dict[str, Any]:
-    """Planner, engine and loop as a rank's main puts them together; only the rows come from here."""
-    from foretune.artifacts import IGNORE_INDEX
+def planned(spec: dict[str, Any]) -> tuple[Any, Any]:
+    """(config, plan) of foretune for these rows."""
     from foretune.config import load_config
-    from foretune.data import MicroBatch, StepBatch
-    from foretune.distributed import rank_info
-    from foretune.engine import close_group, open_group
     from foretune.planning import make_plan
     from foretune.planning.hardware import probe
-    from foretune.training.build import build_engine
-    from foretune.training.loop import train
-    from foretune.training.state import TrainState
 
     settings = [
         f"method={spec['method']}", f"train.max_length={spec['length']}", f"train.global_batch_size={spec['rows']}",
         f"train.max_steps={spec['steps']}", f"train.learning_rate={spec['learning_rate']}", "train.schedule=constant",
-        "train.warmup_ratio=0", f"train.seed={spec['seed']}", *(["plan.compile=true"] if CUDA else []),
+        "train.warmup_ratio=0", f"train.seed={spec['seed']}", *spec["settings"],
     ]  # fmt: skip
     if spec["contender"] != "foretune":
         layers = json.loads((Path(spec["model"]) / "config.json").read_text())["num_hidden_layers"]
@@ -96,39 +89,61 @@ def run_foretune(spec: dict[str, Any]) -> dict[str, Any]:
     if spec["contender"] == "foretune-bf16":
         settings += ["plan.gradient_accumulation_dtype=bf16"] if CUDA else []
     config = load_config(flags={"model": spec["model"], "data": "rows.jsonl"}, settings=settings)
-    tokens = rows_of_tokens(spec)
-    plan = make_plan(config, model_folder=Path(spec["model"]), cluster=probe(1), prepared=None, tokens=tokens.size)
+    tokens = spec["steps"] * spec["rows"] * spec["length"]
+    return config, make_plan(config, model_folder=Path(spec["model"]), cluster=probe(1), prepared=None, tokens=tokens)
+
+
+class Rows:
+    """The rows as foretune's loader hands them out."""
+
+    def __init__(self, spec: dict[str, Any], micro_batch: int) -> None:
+        self._tokens, self._rows = rows_of_tokens(spec), spec["rows"]
+        self._positions = np.broadcast_to(np.arange(spec["length"]), (micro_batch, spec["length"])).copy()
+
+    def step(self, step: int) -> Any:
+        from foretune.artifacts import IGNORE_INDEX
+        from foretune.data import MicroBatch, StepBatch
+
+        rows = self._tokens[step * self._rows : (step + 1) * self._rows]
+        batches = []
+        for start in range(0, len(rows), len(self._positions)):
+            ids = np.zeros_like(self._positions)
+            labels = np.full_like(ids, IGNORE_INDEX)
+            piece = rows[start : start + len(ids)]
+            ids[: len(piece)] = piece
+            labels[: len(piece), :-1] = piece[:, 1:]
+            batches.append(MicroBatch(ids, labels, self._positions, np.zeros_like(ids)))
+        return StepBatch(batches, rows.size - len(rows), rows.size, len(rows), [])
+
+
+def run_foretune(spec: dict[str, Any]) -> dict[str, Any]:
+    """Planner, engine and loop as a rank's main puts them together; only the rows come from here."""
+    from foretune.distributed import rank_info
+    from foretune.engine import close_group, open_group
+    from foretune.training.build import build_engine
+    from foretune.training.loop import train
+    from foretune.training.state import TrainState
+
+    config, plan = planned(spec)
     assignment = assignment_of(config=config, plan=plan, rank=rank_info())
-    micro = plan.micro_batch_size_per_gpu
-    positions = np.broadcast_to(np.arange(spec["length"]), (micro, spec["length"])).copy()
-
-    class Rows:
-        def step(self, step: int) -> StepBatch:
-            rows = tokens[step * spec["rows"] : (step + 1) * spec["rows"]]
-            batches = []
-            for start in range(0, len(rows), micro):
-                ids = np.zeros_like(positions)
-                labels = np.full_like(positions, IGNORE_INDEX)
-                piece = rows[start : start + micro]
-                ids[: len(piece)] = piece
-                labels[: len(piece), :-1] = piece[:, 1:]
-                batches.append(MicroBatch(ids, labels, positions, np.zeros_like(ids)))
-            return StepBatch(batches, rows.size - len(rows), rows.size, len(rows), [])
-
     times: list[float] = []
     losses: list[float] = []
+    profile = KernelProfile()
 
     class Note:
         def after_step(self, report: Any, state: Any) -> None:
             times.append(report.seconds)  # the loop has waited for the device when it reports
             losses.append(report.loss)
+            if spec["profile"] and report.step == spec["steps"] - 1:
+                profile.start()
 
     device = open_group(assignment.rank)
     engine, _ = build_engine(assignment, device)
     train(
-        engine, Rows(), TrainState(), total_steps=plan.total_steps,  # type: ignore[arg-type]
-        learning_rate=lambda step: spec["learning_rate"], hooks=[Note()],
+        engine, Rows(spec, plan.micro_batch_size_per_gpu), TrainState(),  # type: ignore[arg-type]
+        total_steps=plan.total_steps, learning_rate=lambda step: spec["learning_rate"], hooks=[Note()],
     )  # fmt: skip
+    kernels = profile.stop() if spec["profile"] else {}
     close_group()
     chosen = (
         "zero_stage", "micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_accumulation_dtype",
@@ -140,8 +155,109 @@ def run_foretune(spec: dict[str, Any]) -> dict[str, Any]:
         "plan": {name: getattr(plan, name) for name in chosen},
         "predicted_step_seconds": plan.predicted.step_seconds,
         "predicted_peak_bytes": plan.predicted.gpu_memory_bytes,
+        "kernels": kernels,
         **peaks(),
     }
+
+
+def run_torch(spec: dict[str, Any]) -> dict[str, Any]:
+    """foretune's model, compiled layers and loss in a plain torch loop, without DeepSpeed.
+
+    The same numerics: 16-bit weights, fp32 master weights and sums of gradients, the norm clipped, fused AdamW.
+    """
+    from foretune.model import loading
+    from foretune.model.attention import use_packed_attention
+    from foretune.model.compilation import compile_layers
+    from foretune.model.loss import attach_loss
+    from foretune.training.objective import to_device
+
+    config, plan = planned(spec)
+    device = torch.device("cuda" if CUDA else "cpu")
+    folder = Path(spec["model"])
+    model_config = loading.load_config(folder, trust_remote_code=False)
+    model = loading.load_model(folder, config=model_config, precision=plan.precision)
+    loading.checkpoint_layers(model, plan.checkpointed_layers)
+    if plan.attention == "packed":
+        use_packed_attention(model)
+    attach_loss(model, chunk_tokens=plan.loss_chunk_tokens, fused=plan.compile_layers)
+    model.to(device).train()
+    if plan.compile_layers:
+        compile_layers(model)
+    weights = [p for p in model.parameters() if p.requires_grad]
+    master = torch.cat([p.detach().reshape(-1) for p in weights]).float()
+    master.grad = torch.zeros_like(master)
+    sums = torch.split(master.grad, [p.numel() for p in weights])
+    for weight, total in zip(weights, sums, strict=True):
+
+        def add(parameter: torch.Tensor, total: torch.Tensor = total) -> None:
+            assert parameter.grad is not None
+            total.add_(parameter.grad.reshape(-1))
+            parameter.grad = None
+
+        weight.register_post_accumulate_grad_hook(add)
+    train = config.train
+    optimizer = torch.optim.AdamW([master], lr=spec["learning_rate"], betas=(train.adam_beta1, train.adam_beta2),
+                                  eps=train.adam_epsilon, weight_decay=train.weight_decay, fused=True)  # fmt: skip
+    rows = Rows(spec, plan.micro_batch_size_per_gpu)
+    times, losses = [], []
+    for step in range(spec["steps"]):
+        batch = rows.step(step)
+        synchronise()
+        start = time.perf_counter()
+        total = torch.zeros((), dtype=torch.float64, device=device)
+        for micro_batch in batch.micro_batches:
+            loss = model(**to_device(micro_batch, device))
+            (loss / batch.target_tokens).backward()
+            total += loss.detach()
+        torch.nn.utils.clip_grad_norm_([master], train.max_grad_norm)
+        optimizer.step()
+        with torch.no_grad():
+            pieces = torch.split(master, [p.numel() for p in weights])
+            torch._foreach_copy_(weights, [piece.view_as(p) for piece, p in zip(pieces, weights, strict=True)])
+        master.grad.zero_()
+        losses.append(float(total) / batch.target_tokens)
+        synchronise()
+        times.append(time.perf_counter() - start)
+    return {"step_seconds": times, "losses": losses, **peaks()}
+
+
+#: What a kernel's name says it does; the first that matches counts.
+_KINDS = {
+    "attention": ("flash", "fmha", "sdpa", "attention"),
+    "matrix products": ("gemm", "nvjet", "cutlass", "xmma", "splitk"),
+    "optimizer": ("adam",),
+    "compiled pointwise": ("triton",),
+    "copies": ("copy", "memcpy", "memset", "fill"),
+    "reductions": ("reduce", "norm"),
+}
+
+
+class KernelProfile:
+    """Seconds of the device by kind of kernel, and the longest kernels, between start and stop."""
+
+    def start(self) -> None:
+        """Begin."""
+        synchronise()
+        kind = torch.profiler.ProfilerActivity.CUDA if CUDA else torch.profiler.ProfilerActivity.CPU
+        self._profile = torch.profiler.profile(activities=[kind])
+        self._profile.start()
+        self._from = time.perf_counter()
+
+    def stop(self) -> dict[str, Any]:
+        """End: ``{"wall_seconds", "by_kind": {kind: seconds}, "longest": [[name, seconds, calls], …]}``."""
+        synchronise()
+        wall = time.perf_counter() - self._from
+        self._profile.stop()
+        by_kind: dict[str, float] = {}
+        longest = []
+        for event in self._profile.key_averages():
+            seconds = (event.self_device_time_total if CUDA else event.self_cpu_time_total) / 1e6
+            name = event.key.lower()
+            kind = next((kind for kind, words in _KINDS.items() if any(word in name for word in words)), "other")
+            by_kind[kind] = by_kind.get(kind, 0.0) + seconds
+            longest.append([event.key[:150], seconds, event.count])
+        longest.sort(key=lambda one: -one[1])
+        return {"wall_seconds": wall, "by_kind": by_kind, "longest": longest[:40]}
 
 
 def zero_config(stage: int) -> dict[str, Any]:
@@ -249,7 +365,8 @@ def main() -> None:
         return
     spec = json.loads(Path(sys.argv[1]).read_text())
     name = spec["contender"]
-    run = run_foretune if name.startswith("foretune") else run_unsloth if name == "unsloth" else run_trl
+    runs = {"torch": run_torch, "unsloth": run_unsloth}
+    run = runs.get(name) or (run_foretune if name.startswith("foretune") else run_trl)
     Path(sys.argv[2]).write_text(json.dumps(run(spec)))
 
 

@@ -1,9 +1,11 @@
 """How true plans are: predicted against measured, on this machine's GPU.
 
     python bench/plan_accuracy.py [--minutes 25] [--only WORD] [--out FILE] [--tiny]
+    python bench/plan_accuracy.py --again FILE          predicts anew what a file measured, anywhere
 
-Every configuration runs in a fresh process: random weights of a public shape, made on the device; random tokens, two
-documents a row; the engine that training builds, three optimizer steps, of which the last two are timed. Compared are
+Every configuration runs in a process of its own, forked from one that has imported everything: random weights of a
+public shape, made on the device; random tokens, two documents a row; the engine that training builds, three optimizer
+steps, of which the last two are timed. Compared are
 the peak of torch's allocator (allocated, reserved), the process's host memory where something is offloaded, and the
 time of a step. Half of the configurations are for calibrating the constants; the other half judges them, and holds
 whole architectures (Llama, Qwen3) and lengths (8192, 16384) that the first has not.
@@ -16,12 +18,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import signal
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+import traceback
+from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -75,7 +79,7 @@ def _calibration() -> list[Case]:
         case(small, 1024, 16, 1, sums="bf16"),
         case(small, 1024, 16, 1, attention="sdpa"),
         case(small, 1024, 16, 1, compile=True),
-        case(small, 512, 16, 2, accumulation=8),
+        case(small, 512, 16, 2, accumulation=8, compile=True),
         case(small, 2048, 8, 1, layers=0.5),
         case(small, 2048, 8, 1, method="lora"),
         case(small, 2048, 8, 3, method="lora"),
@@ -91,10 +95,10 @@ def _calibration() -> list[Case]:
         case(middle, 4096, 2, 1, compile=True),
         case(middle, 2048, 4, 2, offload=1.0),
         case(middle, 2048, 4, 3, offload=0.5),
-        case(middle, 4096, 2, 1, method="lora", layers=0.5),
+        case(middle, 4096, 2, 1, method="lora", layers=0.5, compile=True),
+        case(middle, 4096, 4, 2, layers=0.5, accumulation=8, compile=True),
         case(large, 1024, 2, 1, method="lora"),
         case(large, 4096, 4, 1, method="lora", layers=1.0),
-        case(large, 2048, 2, 3, layers=1.0, offload=0.7),
     ]
 
 
@@ -107,12 +111,12 @@ def _judged() -> list[Case]:
     return [
         *(case(llama, 1024, 8, stage) for stage in (1, 2, 3)),
         case(llama, 8192, 1, 1),
-        case(llama, 8192, 2, 2, layers=0.5),
+        case(llama, 8192, 2, 2, layers=0.5, compile=True),
         case(llama, 16384, 1, 1, layers=1.0),
         case(llama, 2048, 4, 1, accumulation=8),
         case(llama, 4096, 4, 1, compile=True),
         case(llama, 2048, 4, 2, offload=1.0),
-        case(llama, 2048, 8, 1, method="lora"),
+        case(llama, 2048, 8, 1, method="lora", compile=True),
         case("SmolLM2-135M", 512, 16, 1),
         case("SmolLM2-135M", 8192, 2, 3),
         case("SmolLM2-360M", 2048, 8, 2, accumulation=8),
@@ -120,7 +124,7 @@ def _judged() -> list[Case]:
         case(small, 16384, 1, 1, layers=0.5),
         case(small, 8192, 2, 1, method="lora"),
         case(small, 1024, 16, 1, compile=True),
-        case(middle, 4096, 2, 1),
+        case(middle, 4096, 2, 1, compile=True),
         case(middle, 8192, 1, 3, layers=1.0),
         case(middle, 2048, 4, 3, offload=0.5),
         case("Llama-3.2-3B", 2048, 2, 1),
@@ -147,15 +151,16 @@ def main() -> int:
     parser.add_argument("--only", help="configurations whose name holds this")
     parser.add_argument("--out", type=Path, help="result to write, or to go on with")
     parser.add_argument("--tiny", action="store_true")
-    parser.add_argument("--case", type=json.loads, help=argparse.SUPPRESS)
+    parser.add_argument("--again", type=Path, metavar="FILE", help="predict anew, with the constants of today")
     given = parser.parse_args()
-    if given.case is not None:
-        _run_case(Case(**given.case))
-        return 0
+    if given.again is not None:
+        return _again(given.again)
     out = given.out or RESULTS / f"{datetime.now(UTC):%Y-%m-%d}-plan-accuracy.json"
     known = json.loads(out.read_text()) if out.is_file() else {"results": []}
     done = {result["name"] for result in known["results"]}
     cases = _tiny() if given.tiny else _interleaved(_calibration(), _judged())
+    cases.sort(key=lambda case: 0 < case.offload < 1)  # last: they compile an optimizer first, for up to a minute
+    _import_all()
     ends = time.monotonic() + 60 * given.minutes
     for case in cases:
         if case.name in done or (given.only and given.only not in case.name):
@@ -185,80 +190,147 @@ def _interleaved(first: list[Case], second: list[Case]) -> list[Case]:
     return [*pairs, *first[len(second) :], *second[len(first) :]]
 
 
+def _import_all() -> None:
+    """What a configuration's process needs, without touching the GPU: a forked process could not use it then."""
+    import torch._dynamo  # noqa: F401
+    import transformers.integrations.deepspeed  # noqa: F401
+    from transformers import GPT2LMHeadModel, LlamaForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM  # noqa: F401
+
+    import foretune.planning
+    import foretune.training.build  # noqa: F401
+
+
 def _in_fresh_process(case: Case) -> dict[str, Any]:
-    command = [sys.executable, __file__, "--case", json.dumps(asdict(case))]
+    """Fork, run, read the child's file; what it printed last is the error if there is no file."""
     start = time.monotonic()
-    try:
-        run = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_SECONDS)
-    except subprocess.TimeoutExpired:
-        return {"error": f"took longer than {TIMEOUT_SECONDS} s"}
-    wall = round(time.monotonic() - start, 1)
-    line = next((line for line in run.stdout.splitlines() if line.startswith("RESULT ")), None)
-    if line is None:
-        lines = [line for line in run.stderr.splitlines() if line.strip()]
+    with tempfile.TemporaryDirectory(prefix="plan-accuracy-") as name:
+        answer, log = Path(name) / "answer.json", Path(name) / "log"
+        pid = os.fork()
+        if pid == 0:
+            _child(case, answer, log)
+        while not os.waitpid(pid, os.WNOHANG)[0]:
+            if time.monotonic() - start > TIMEOUT_SECONDS:
+                os.kill(pid, signal.SIGKILL)
+                os.waitpid(pid, 0)
+                return {"error": f"took longer than {TIMEOUT_SECONDS} s"}
+            time.sleep(0.05)
+        wall = round(time.monotonic() - start, 1)
+        if answer.is_file():
+            return {**json.loads(answer.read_text()), "wall_seconds": wall}
+        lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
         return {"error": " | ".join(lines[-3:])[-600:], "wall_seconds": wall}
-    return {**json.loads(line.removeprefix("RESULT ")), "wall_seconds": wall}
 
 
-def _run_case(case: Case) -> None:
-    """The child: plan, build, three steps, and one line with what was predicted and measured."""
+def _child(case: Case, answer: Path, log: Path) -> None:
+    """Never returns."""
+    code = 1
+    try:
+        file = os.open(log, os.O_WRONLY | os.O_CREAT)
+        os.dup2(file, 1)
+        os.dup2(file, 2)
+        answer.write_text(json.dumps(_run_case(case)))
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def _plan_of(case: Case, cluster: Any, folder: Path) -> tuple[Any, Any]:
+    """(config, plan) of a configuration; `folder` gets the model's config.json."""
     from foretune.config import parse_config
-    from foretune.errors import NoPlanFits, UserError
-    from foretune.planning import make_plan, probe
+    from foretune.planning import make_plan
     from foretune.planning.shapes import known_config, known_shape
 
     shape = known_shape(case.model)
     assert shape is not None
+    on_cpu = cluster.accelerator.kind == "cpu"
     pins: dict[str, Any] = {
         "zero_stage": case.stage,
         "micro_batch_size_per_gpu": case.micro,
         "gradient_accumulation_steps": case.accumulation,
-        "gradient_accumulation_dtype": case.sums,
+        "gradient_accumulation_dtype": "auto" if on_cpu else case.sums,
         "checkpointed_layers": round(case.layers * shape.num_layers),
         "offload_optimizer": case.offload if 0 < case.offload < 1 else bool(case.offload),
         "offload_param": False,
         "attention": case.attention,
         "compile": case.compile,
     }
-    cluster = probe(1)
-    if cluster.accelerator.kind == "cpu":
-        pins["gradient_accumulation_dtype"] = "auto"
-    with tempfile.TemporaryDirectory(prefix="plan-accuracy-") as name:
-        folder = Path(name)
-        (folder / "config.json").write_text(json.dumps(known_config(case.model)))
-        config = parse_config(
-            {
-                "model": str(folder),
-                "data": "none",
-                "method": case.method,
-                "from_scratch": True,
-                "plan": pins,
-                "train": {"max_length": case.length, "global_batch_size": case.micro * case.accumulation},
-            }
-        )
-        try:
-            plan = make_plan(config, model_folder=folder, cluster=cluster, prepared=None)
-        except (NoPlanFits, UserError) as refusal:
-            print("RESULT " + json.dumps({"refused": str(refusal)}), flush=True)
-            return
-        predicted = {
-            "allocated_bytes": plan.predicted.gpu_memory_bytes - plan.predicted.gpu_memory_parts.get("context", 0),
-            "gpu_memory_bytes": plan.predicted.gpu_memory_bytes,
-            "parts": plan.predicted.gpu_memory_parts,
-            "phase": plan.predicted.peak_phase,
-            "host_bytes": sum(
-                size for part, size in plan.predicted.host_memory_parts.items() if "snapshot" not in part
-            ),
-            "step_seconds": plan.predicted.step_seconds,
-            "step_parts": plan.predicted.step_parts,
+    (folder / "config.json").write_text(json.dumps(known_config(case.model)))
+    config = parse_config(
+        {
+            "model": str(folder),
+            "data": "none",
+            "method": case.method,
+            "from_scratch": True,
+            "plan": pins,
+            "train": {"max_length": case.length, "global_batch_size": case.micro * case.accumulation},
         }
+    )
+    rows = case.micro * case.accumulation
+    estimate = _data_of(rows, case.length)
+    return config, make_plan(config, model_folder=folder, cluster=cluster, prepared=None, estimate=estimate)
+
+
+def _data_of(rows: int, length: int) -> Any:
+    """Two documents a row, as `_measure` lays them out."""
+    from foretune.planning.mathematics import DataEstimate
+
+    return DataEstimate(rows * length, 2 * rows, length // 2, 2 * rows, "two documents a row")
+
+
+def _predicted(plan: Any) -> dict[str, Any]:
+    host = {part: size for part, size in plan.predicted.host_memory_parts.items() if "snapshot" not in part}
+    return {
+        "allocated_bytes": plan.predicted.gpu_memory_bytes - plan.predicted.gpu_memory_parts.get("context", 0),
+        "gpu_memory_bytes": plan.predicted.gpu_memory_bytes,
+        "parts": plan.predicted.gpu_memory_parts,
+        "phase": plan.predicted.peak_phase,
+        "host_bytes": sum(host.values()),
+        "step_seconds": plan.predicted.step_seconds,
+        "step_parts": plan.predicted.step_parts,
+    }
+
+
+def _run_case(case: Case) -> dict[str, Any]:
+    """The child: plan, build, three steps; what was predicted and measured."""
+    from foretune.errors import NoPlanFits, UserError
+    from foretune.planning import probe
+
+    cluster = probe(1)
+    with tempfile.TemporaryDirectory(prefix="plan-accuracy-") as name:
         try:
-            measured = _measure(plan, config)
+            config, plan = _plan_of(case, cluster, Path(name))
+        except (NoPlanFits, UserError) as refusal:
+            return {"refused": str(refusal)}
+        predicted = {"cluster": json.loads(cluster.model_dump_json()), "predicted": _predicted(plan)}
+        try:
+            return {**predicted, "measured": _measure(plan, config)}
         except Exception as error:
             text = " ".join(str(error).split())[:500]
-            print("RESULT " + json.dumps({"predicted": predicted, "error": f"{type(error).__name__}: {text}"}))
-            return
-    print("RESULT " + json.dumps({"predicted": predicted, "measured": measured}), flush=True)
+            return {**predicted, "error": f"{type(error).__name__}: {text}"}
+
+
+def _again(path: Path) -> int:
+    """Write the predictions of today beside what was measured then."""
+    from foretune.artifacts import Cluster
+
+    values = json.loads(path.read_text())
+    names = {field.name for field in fields(Case)}
+    for result in values["results"]:
+        if "predicted" not in result:
+            continue
+        case = Case(**{name: value for name, value in result.items() if name in names})
+        with tempfile.TemporaryDirectory(prefix="plan-accuracy-") as name:
+            _, plan = _plan_of(case, Cluster.model_validate(result["cluster"]), Path(name))
+        result["predicted"] = _predicted(plan)
+        print(_line(result))
+    values["summary"] = _summary(values["results"])
+    path.write_text(json.dumps(values, indent=1) + "\n")
+    print(json.dumps(values["summary"], indent=1))
+    return 0
 
 
 def _measure(plan: Any, config: Any) -> dict[str, Any]:

@@ -47,6 +47,7 @@ CONTENDERS = {
     "foretune": "foretune, everything as it plans by itself",
     "foretune-same": "foretune with the peers' micro-batch and checkpointing",
     "foretune-bf16": "the same, gradients summed in bf16 as the peers' are",
+    "torch": "foretune's model in a plain torch loop, no DeepSpeed; micro-batch and checkpointing of foretune-same",
     "trl": "TRL + Liger: bf16 weights and Adam states, no fp32 master",
     "trl-zero2": "TRL + Liger + DeepSpeed ZeRO-2: fp32 master weights, bf16 sums",
     "trl-zero3": "TRL + Liger + DeepSpeed ZeRO-3: fp32 master weights, bf16 sums",
@@ -71,6 +72,8 @@ class Spec:
     warm_up: int
     learning_rate: float
     seed: int
+    settings: tuple[str, ...] = ()  # of foretune alone: KEY=VALUE
+    profile: bool = False  # where the device's time goes in the last step, foretune alone
 
 
 def matmul_parameters(shape: dict[str, Any]) -> tuple[int, int]:
@@ -163,6 +166,8 @@ def main() -> None:
     parser.add_argument("--peak-tflops", type=float, default=989.0, help="of the device; an H100 has 989")
     parser.add_argument("--learning-rate", type=float, default=1e-5)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="setting of foretune's")
+    parser.add_argument("--profile", action="store_true", help="say where foretune's last step goes, by kernel")
     parser.add_argument("--work", type=Path, help="where models are made (default: a temporary folder)")
     parser.add_argument("--out", type=Path, help="folder of the JSON (default: bench/results)")
     asked = parser.parse_args()
@@ -176,7 +181,7 @@ def main() -> None:
                 spec = Spec(
                     contender, shape, asked.method, str(folder / shape), asked.micro_batch * asked.accumulation,
                     asked.micro_batch, asked.length, asked.checkpointed, asked.steps, asked.warm_up,
-                    asked.learning_rate, asked.seed,
+                    asked.learning_rate, asked.seed, tuple(asked.set), asked.profile,
                 )  # fmt: skip
                 left = asked.minutes * 60 - (time.monotonic() - started)
                 if left < 30:
@@ -185,6 +190,8 @@ def main() -> None:
                 result = summarise(spec, measure(spec, folder, left), asked.peak_tflops * 1e12)
                 results.append({"spec": asdict(spec), **result})
                 print(row_of(spec, result), flush=True)
+                for kind, seconds in result.get("kernels", {}).get("by_kind", {}).items():
+                    print(f"      {kind:20} {1e3 * seconds:9.1f} ms", flush=True)
                 if asked.loss_steps and number == 0 and "error" not in result:
                     long = replace(spec, rows=asked.micro_batch, steps=asked.loss_steps, warm_up=1)
                     left = asked.minutes * 60 - (time.monotonic() - started)

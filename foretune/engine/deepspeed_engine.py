@@ -12,6 +12,7 @@ from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from deepspeed.runtime.zero import GatheredParameters
 
 from foretune.checkpoint.snapshot import StateWriter
@@ -48,6 +49,8 @@ class DeepSpeedEngine:
     ) -> None:
         with translated_errors():
             self._engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=deepspeed_config)
+        if isinstance(self._engine.optimizer, FP16_UnfusedOptimizer):
+            _undo_empty_step(self._engine.optimizer)
         self.module: torch.nn.Module = self._engine.module
         self.device = device
         self.rank = torch.distributed.get_rank()
@@ -153,6 +156,20 @@ class DeepSpeedEngine:
 
         self._engine.clip_fp32_gradients = clip
         optimizer.register_step_pre_hook(measure)
+
+
+@torch.no_grad()
+def _undo_empty_step(wrapper: FP16_UnfusedOptimizer) -> None:
+    """Stage 0 in 16 bits: DeepSpeed makes the optimizer's states by a step with gradients of zero.
+
+    That step decays the master weights, and Adam counts it, which takes a quarter off the first real step.
+    """
+    for weights, masters in zip(wrapper.fp16_groups, wrapper.fp32_groups, strict=True):
+        for weight, master in zip(weights, masters, strict=True):
+            master.copy_(weight)
+    for state in wrapper.optimizer.state.values():
+        if "step" in state:
+            state["step"].zero_()
 
 
 @contextmanager

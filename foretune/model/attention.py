@@ -8,7 +8,9 @@ Called without bounds (evaluation, probes, generation) the same name is SDPA wit
 micro-batch builds no [B, 1, L, L] mask and asks the device nothing; the cost of a row is the sum of its documents'.
 
 The kernels are torch's own (`aten::_flash_attention_forward`, the same that `varlen_attn` calls; named here because its
-signature changed with every release since 2.10). CUDA, 16 bits, head sizes that are multiples of 8 up to 256.
+signature changed with every release since 2.10). CUDA, 16 bits, head sizes that are multiples of 8 up to 256. Where all
+documents of a micro-batch happen to have one length (whole rows of a long text), a batch of them goes to cuDNN's kernel
+for Hopper and later: 1.6 ms a layer instead of 2.7 on an H100 (12 heads of 128, 4 rows of 4096).
 """
 
 from __future__ import annotations
@@ -24,6 +26,8 @@ PACKED_ATTENTION = "foretune_packed"
 #: What the attention layers are handed: names that transformers' models pass on to their attention.
 BOUNDS, LONGEST = "cu_seq_lens_q", "max_length_q"
 LARGEST_HEAD = 256
+#: What cuDNN's kernels take, and the first devices on which they are faster.
+_LARGEST_CUDNN_HEAD, _HOPPER = 128, (9, 0)
 
 
 def document_bounds(position_ids: NDArray[np.int64]) -> tuple[NDArray[np.int32], int]:
@@ -166,6 +170,8 @@ def _forward_op(  # noqa: PLR0917 (operators take positions)
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Over tokens [T, heads, d]; returns the output and the log-sum-exp [heads, T] that backward needs."""
     most = int(longest)  # on the CPU: waits for nothing
+    if _are_one_batch(query, bounds, most, window):
+        return _batch_forward(query, key, value, most, scale)
     output, log_normalizer, *_ = torch.ops.aten._flash_attention_forward(
         query, key, value, bounds, bounds, most, most, 0.0, window < 0, False,
         scale=scale, window_size_left=window, window_size_right=0,
@@ -198,6 +204,8 @@ def _backward_op(  # noqa: PLR0917 (operators take positions)
     window: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     most = int(longest)
+    if _are_one_batch(query, bounds, most, window):
+        return _batch_backward(gradient, query, key, value, output, log_normalizer, most, scale)
     # The state of dropout's random numbers, of which there is none.
     state = torch.zeros(2, dtype=torch.uint64, device=query.device)
     unused = torch.empty(0, device=query.device)
@@ -213,6 +221,61 @@ def _backward_shapes(
     gradient: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+
+
+def _are_one_batch(query: torch.Tensor, bounds: torch.Tensor, most: int, window: int) -> bool:
+    """Whether the documents are all of one length, and cuDNN is the faster for them. Known on the host.
+
+    cuDNN's backward pass adds in any order, so not where determinism is asked for; torch's flash kernel then keeps one.
+    """
+    one_length = (bounds.numel() - 1) * most == query.shape[0]
+    return (
+        one_length
+        and window < 0
+        and query.shape[-1] <= _LARGEST_CUDNN_HEAD
+        and torch.cuda.get_device_capability(query.device) >= _HOPPER
+        and torch.backends.cudnn.is_available()  # type: ignore[no-untyped-call]
+        and torch.backends.cuda.cudnn_sdp_enabled()  # type: ignore[no-untyped-call]
+        and not torch.are_deterministic_algorithms_enabled()
+    )
+
+
+def _as_batch(tensor: torch.Tensor, length: int) -> torch.Tensor:
+    """[T, heads, d] as [T / length, heads, length, d]."""
+    return tensor.view(-1, length, *tensor.shape[1:]).transpose(1, 2)
+
+
+def _batch_forward(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, length: int, scale: float | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    output, log_normalizer, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
+        *(_as_batch(tensor, length) for tensor in (query, key, value)), None, True, 0.0, True, False, scale=scale
+    )
+    # [B, heads, L, 1] as the flash kernels have it: [heads, B·L].
+    flat = log_normalizer.squeeze(-1).transpose(0, 1).reshape(query.shape[1], -1)
+    return output.transpose(1, 2).reshape(query.shape), flat.contiguous()
+
+
+def _batch_backward(  # noqa: PLR0917 (operators take positions)
+    gradient: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    output: torch.Tensor,
+    log_normalizer: torch.Tensor,
+    length: int,
+    scale: float | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    heads = query.shape[1]
+    batched = log_normalizer.view(heads, -1, length).transpose(0, 1).contiguous().unsqueeze(-1)
+    seed = torch.zeros((), dtype=torch.int64, device=query.device)  # of dropout, of which there is none
+    d_query, d_key, d_value = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
+        _as_batch(gradient.contiguous(), length), *(_as_batch(tensor, length) for tensor in (query, key, value)),
+        _as_batch(output, length), batched, seed, seed, None, None, None, length, length, 0.0, True, scale=scale,
+    )  # fmt: skip
+    pairs = ((d_query, query), (d_key, key), (d_value, value))
+    rows = [found.transpose(1, 2).reshape(like.shape).contiguous() for found, like in pairs]
+    return rows[0], rows[1], rows[2]
 
 
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:

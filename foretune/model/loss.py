@@ -49,7 +49,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         total = torch.zeros((), dtype=wide, device=hidden.device)
         grad_hidden = torch.zeros_like(hidden) if needs_hidden else None
-        # Summed over chunks in the wide dtype: bf16 would lose the small chunks.
+        # Summed over chunks in the wide dtype (bf16 would lose the small chunks), and rounded once, in backward.
         grad_weight = torch.zeros_like(weight, dtype=wide) if needs_weight else None
         grad_bias = torch.zeros_like(bias, dtype=wide) if bias is not None and needs_bias else None
         nll_and_gradient = _fused_softmax() if fused else _softmax_in_place
@@ -65,14 +65,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if grad_hidden is not None:
                 torch.mm(gradient, weight, out=grad_hidden[start : start + chunk_tokens])
             if grad_weight is not None:
-                grad_weight += gradient.T @ piece
+                _add_product(grad_weight, gradient.T, piece)
             if grad_bias is not None:
                 grad_bias += gradient.sum(0, dtype=wide)
-        ctx.save_for_backward(
-            grad_hidden,
-            grad_weight.to(weight.dtype) if grad_weight is not None else None,
-            grad_bias.to(bias.dtype) if grad_bias is not None and bias is not None else None,
-        )
+        ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
+        ctx.dtype = hidden.dtype
         ctx.is_spent = False
         return total
 
@@ -80,7 +77,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         assert not ctx.is_spent, "the gradients were scaled in place: there is one backward pass"
         ctx.is_spent = True
-        return (*(_scale_in_place(gradient, grad_output) for gradient in ctx.saved_tensors), None, None, None)
+        return (*(_scaled(gradient, grad_output, ctx.dtype) for gradient in ctx.saved_tensors), None, None, None)
 
 
 def _softmax_in_place(logits: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -123,10 +120,23 @@ def _fused_softmax() -> Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tenso
     return call
 
 
-def _scale_in_place(gradient: torch.Tensor | None, scale: torch.Tensor) -> torch.Tensor | None:
-    """`gradient` times a wide scalar. In 16 bits the scalar itself would be rounded, by up to 0.4 %, so it is not."""
+def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
+    """``total += left @ right``: [m, n] in float32, factors of 16 bits or `total`'s dtype."""
+    if left.is_cuda and left.dtype != total.dtype:  # cuBLAS adds in the wide dtype itself: no product in memory
+        torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
+    else:
+        total += left @ right
+
+
+def _scaled(gradient: torch.Tensor | None, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | None:
+    """`gradient` times a wide scalar, in `dtype`; what is in that dtype is overwritten.
+
+    In 16 bits the scalar itself would be rounded, by up to 0.4 %, so it is not.
+    """
     if gradient is None:
         return None
+    if gradient.dtype != dtype:
+        return torch.mul(gradient, scale, out=torch.empty_like(gradient, dtype=dtype))
     if gradient.dtype == scale.dtype:
         return gradient.mul_(scale)
     for rows in torch.split(gradient, _SCALED_ROWS):

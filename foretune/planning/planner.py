@@ -19,7 +19,7 @@ from foretune.model.shape import ModelShape, read_shape
 from foretune.planning import explain, mend, search
 from foretune.planning import mathematics as maths
 from foretune.planning.deepspeed_config import deepspeed_config
-from foretune.planning.kernels import choose_attention, choose_compile
+from foretune.planning.kernels import COMPILING_SECONDS, choose_attention, choose_compile
 from foretune.planning.mathematics import DataEstimate, DataFacts, decide
 from foretune.planning.predict import host
 from foretune.planning.predict.arithmetic import derivations
@@ -77,7 +77,7 @@ def make_plan(
     if calibration is not None:
         work = replace(work, pace=calibration.pace(cluster, config.method))
     search.refuse_impossible_pins(config, work, cluster)
-    layout = _lay_out(config, work, cluster)
+    layout = _lay_out(config, work, cluster, total_steps=total)
     work, best, chosen = layout.work, layout.best, layout.best.strategy
     if chosen.bf16_states:
         accumulation = decide(accumulation.field, work.precision, "a bf16 master is stepped with bf16 gradients")
@@ -132,16 +132,28 @@ def make_plan(
     )
 
 
-def _lay_out(config: Config, work: Workload, cluster: Cluster) -> _Layout:
-    """Search with the kernels that the configuration asks for."""
+def _lay_out(config: Config, work: Workload, cluster: Cluster, *, total_steps: int) -> _Layout:
+    """Search with the kernels that are best for a step; without compiled layers if so few steps do not pay for them."""
     attention = choose_attention(config, work, cluster)
-    compiling = choose_compile(config, cluster, zero_stage=3 if config.plan.zero_stage == 3 else 0)
+    pinned_stage = config.plan.zero_stage
+    compiling = choose_compile(config, cluster, zero_stage=None if pinned_stage == "auto" else pinned_stage)
     work = replace(work, attention=attention.value, compiled=compiling.value)
     candidates, best = _search(config, work, cluster)
     if best is None:
         raise mend.nothing_fits(config, work, cluster, candidates)
-    choose_compile(config, cluster, zero_stage=best.strategy.zero_stage)  # refuses compiled layers at ZeRO-3
-    return _Layout(work, candidates, best, attention, compiling)
+    stage = best.strategy.zero_stage
+    if not compiling.value or compiling.pinned or stage == 3:
+        compiling = choose_compile(config, cluster, zero_stage=stage)  # refuses compiled layers at ZeRO-3
+        return _Layout(replace(work, compiled=compiling.value), candidates, best, attention, compiling)
+    plain = replace(work, compiled=False)
+    plain_candidates, plain_best = _search(config, plain, cluster)
+    if plain_best is None:
+        return _Layout(work, candidates, best, attention, compiling)
+    gain = total_steps * (plain_best.seconds - best.seconds)
+    if gain > COMPILING_SECONDS:
+        return _Layout(work, candidates, best, attention, compiling)
+    reason = f"it takes {COMPILING_SECONDS:.0f} s once and would save {max(gain, 0.0):.1f} s of this run"
+    return _Layout(plain, plain_candidates, plain_best, attention, decide(compiling.field, False, reason))
 
 
 def _search(config: Config, work: Workload, cluster: Cluster) -> tuple[list[Candidate], Candidate | None]:

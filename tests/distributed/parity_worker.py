@@ -24,13 +24,16 @@ from foretune.training.state import TrainState
 
 STEPS, LEARNING_RATE, BATCH_ROWS, SEED = 5, 1e-3, 8, 3
 STAGES, ACCUMULATIONS, PACKED = (0, 1, 2, 3), (1, 4), (True, False)
+SUMS = {0: ("bf16",), 1: ("bf16", "fp32"), 2: ("bf16", "fp32"), 3: ("bf16", "fp32")}  # of gradients, in bf16 training
+DECAY = 0.1  # in bf16 training
 
 
-def deepspeed_config(stage: int, micro_batch_size: int, world_size: int) -> dict:
+def deepspeed_config(stage: int, micro_batch_size: int, world_size: int, sums: str | None) -> dict:
     zero = {"stage": stage, "overlap_comm": False}
     if stage == 3:  # small enough that parameters really are partitioned and gathered
         zero |= {"stage3_param_persistence_threshold": 0, "sub_group_size": 5000, "stage3_prefetch_bucket_size": 1000}
-    return {
+    apart = {"communication_data_type": "fp32"} if sums == "fp32" else {}
+    return apart | {
         "train_micro_batch_size_per_gpu": micro_batch_size,
         "gradient_accumulation_steps": 1,
         "train_batch_size": micro_batch_size * world_size,
@@ -38,18 +41,23 @@ def deepspeed_config(stage: int, micro_batch_size: int, world_size: int) -> dict
         "gradient_clipping": 1.0,
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
-        "data_types": {"grad_accum_dtype": "fp32"},
+        "data_types": {"grad_accum_dtype": sums or "fp32"},
+        "bf16": {"enabled": sums is not None, "immediate_grad_update": True},
     }
 
 
-def run_case(folder: Path, stage: int, accumulation: int, packed: bool, device: torch.device) -> dict:
+def run_case(
+    folder: Path, device: torch.device, *, stage: int, accumulation: int, packed: bool, sums: str | None = None
+) -> dict:
+    """One layout; in bf16 with fp32 master weights where `sums` says in what gradients are summed."""
     rank = rank_info()
     micro_batch_size = max(1, BATCH_ROWS // (rank.world_size * accumulation))
-    config = deepspeed_config(stage, micro_batch_size, rank.world_size)
+    config = deepspeed_config(stage, micro_batch_size, rank.world_size, sums)
     with partitioned_loading(config):
-        model = load_model(folder / "model", precision="fp32")
+        model = load_model(folder / "model", precision="bf16" if sums else "fp32")
     attach_loss(model, chunk_tokens=50)
-    optimizer = build_optimizer(model.parameters(), TrainConfig(), learning_rate=LEARNING_RATE)
+    decay = TrainConfig(weight_decay=DECAY if sums else 0.0)
+    optimizer = build_optimizer(model.parameters(), decay, learning_rate=LEARNING_RATE)
     engine = DeepSpeedEngine(model, optimizer, config, device=device)
     loader = open_loader(
         folder / "data",
@@ -70,7 +78,7 @@ def run_case(folder: Path, stage: int, accumulation: int, packed: bool, device: 
     weights = {}
     for name, parameter in engine.module.named_parameters():
         with engine.whole_parameters([parameter]):
-            weights[name] = parameter.detach().numpy().copy()
+            weights[name] = parameter.detach().float().numpy().copy()
     return {
         "losses": [report.loss for report in reports],
         "grad_norms": [report.grad_norm for report in reports],
@@ -86,10 +94,15 @@ def main() -> None:
     results, arrays = {}, {}
     for stage, accumulation, packed in itertools.product(STAGES, ACCUMULATIONS, PACKED):
         name = f"zero{stage}-accumulation{accumulation}-{'packed' if packed else 'alone'}"
-        result = run_case(folder, stage, accumulation, packed, device)
+        result = run_case(folder, device, stage=stage, accumulation=accumulation, packed=packed)
         weights = result.pop("weights")
         results[name] = result
         arrays |= {f"{name}/{key}": value for key, value in weights.items()}
+    for stage, every in SUMS.items():
+        for sums in every:
+            result = run_case(folder, device, stage=stage, accumulation=4, packed=True, sums=sums)
+            del result["weights"]
+            results[f"bf16-zero{stage}-{sums}"] = result
     if rank.is_main:
         np.savez(folder / f"world-{rank.world_size}.npz", **arrays)
         (folder / f"world-{rank.world_size}.json").write_text(json.dumps(results))

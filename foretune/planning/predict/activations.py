@@ -114,11 +114,14 @@ def loss_bytes(work: Workload, strategy: Strategy) -> int:
 
 
 def head_gradient_bytes(work: Workload, strategy: Strategy) -> int:
-    """What the loss hands to backward: the gradients of head and hidden states, scaled a few rows at a time."""
+    """What the loss hands to backward: the gradients of hidden states and head.
+
+    At the worst moment a few rows of the former are widened to be scaled, or the latter is rounded from its fp32 sum.
+    """
     shape, b = work.shape, work.parameter_bytes
     tokens = strategy.micro_batch_size * work.max_length
     if not shape.plain_head:
         return 6 * shape.vocab_size * tokens
-    rows = tokens if work.lora_rank else tokens + shape.vocab_size
-    widened = 4 * min(rows, SCALED_ROWS) if b < 4 else 0
-    return (b * rows + widened) * shape.hidden_size
+    head = 0 if work.lora_rank else shape.vocab_size
+    widened = 4 * max(min(tokens, SCALED_ROWS), head) if b < 4 else 0
+    return (b * (tokens + head) + widened) * shape.hidden_size

@@ -18,14 +18,28 @@ def reason_of(made: Plan, field: str) -> str:
     return next(decision.reason for decision in made.decisions if decision.field == field)
 
 
-def test_a_gpu_gets_packed_attention_and_compiled_layers_when_it_asks() -> None:
-    made = plan("1xH100-80GB", "plan.attention=packed", "plan.compile=true")
+def test_a_gpu_gets_packed_attention_and_compiled_layers() -> None:
+    made = plan("1xH100-80GB")
     assert made.attention == "packed"
     assert made.compile_layers
-    usual = plan("1xH100-80GB")
-    assert usual.attention == "sdpa"
-    assert not usual.compile_layers
-    assert "ask for" in reason_of(usual, "plan.attention")
+    assert "share rows" in reason_of(made, "plan.attention")
+
+
+def test_what_does_not_pay_is_not_done() -> None:
+    short = plan("1xH100-80GB", tokens=1_000_000)
+    assert not short.compile_layers
+    assert "would save" in reason_of(short, "plan.compile")
+    apart = plan("1xH100-80GB", "data.packing=false")
+    assert apart.attention == "sdpa"
+    sharded = plan("1xH100-80GB", "plan.zero_stage=3")
+    assert not sharded.compile_layers
+    assert "ZeRO-3" in reason_of(sharded, "plan.compile")
+
+
+def test_what_is_asked_for_is_kept() -> None:
+    made = plan("1xH100-80GB", "plan.attention=sdpa", "plan.compile=true", tokens=1_000_000)
+    assert made.attention == "sdpa"
+    assert made.compile_layers
 
 
 def test_a_cpu_gets_neither() -> None:
