@@ -6,7 +6,7 @@ in: a model, an optimizer over its trainable parameters, a DeepSpeed configurati
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,10 @@ from deepspeed.runtime.zero import GatheredParameters
 from foretune.checkpoint.snapshot import StateWriter
 from foretune.engine.communication import CommunicationClock
 from foretune.engine.protocol import StepResult
+from foretune.engine.reduction import ReductionAtStep
 from foretune.engine.saves import redirected_saves
 from foretune.engine.shortcuts import apply_shortcuts
+from foretune.engine.streaming import StreamedStates
 from foretune.errors import MachineFault
 
 #: DeepSpeed keeps a checkpoint in a folder named by a tag; ours is always this one.
@@ -36,6 +38,8 @@ class DeepSpeedEngine:
             boundary, so that a global batch may have any number of micro-batches.
         device: this rank's device.
         save_frozen: whether a checkpoint also holds the parameters that are not trained.
+        streamed_share: of master weights and Adam's states, that lies in host memory and passes through the device at
+            every step (see `foretune.engine.streaming`). ZeRO 1, 16-bit weights, fp32 sums.
     """
 
     def __init__(
@@ -46,6 +50,7 @@ class DeepSpeedEngine:
         *,
         device: torch.device,
         save_frozen: bool = True,
+        streamed_share: float = 0.0,
     ) -> None:
         with translated_errors():
             self._engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=deepspeed_config)
@@ -59,9 +64,16 @@ class DeepSpeedEngine:
         self._save_frozen = save_frozen
         self._torch_optimizer = optimizer
         self._communication = CommunicationClock()
+        self._reduction: ReductionAtStep | None = None
         if device.type == "cpu":
             self._communication.watch(deepspeed.comm.comm.cdb)
+            if ReductionAtStep.applies(self._engine):
+                self._reduction = ReductionAtStep(self._engine)
         self._plain_grad_norm: torch.Tensor | None = None
+        self._streamed: StreamedStates | None = None
+        if streamed_share:
+            assert StreamedStates.applies(self._engine.optimizer, optimizer), "not planned for this layout"
+            self._streamed = StreamedStates(self._engine.optimizer, optimizer, share=streamed_share)
         if device.type == "cuda":
             apply_shortcuts(self._engine.optimizer, optimizer)
         if self._engine.optimizer is optimizer:  # stage 0 in fp32: no wrapper, and DeepSpeed reports no norm
@@ -73,13 +85,16 @@ class DeepSpeedEngine:
 
     def backward(self, loss: torch.Tensor) -> None:
         # Unscaled: the caller has already divided by the target tokens of the whole global batch.
-        with translated_errors():
+        held_back = self._reduction.held_back() if self._reduction else nullcontext()
+        with translated_errors(), held_back:
             self._engine.backward(loss, scale_wrt_gas=False)
 
     def step(self, learning_rate: float) -> StepResult:
         for group in self._engine.optimizer.param_groups:
             group["lr"] = learning_rate
         with translated_errors():
+            if self._reduction:
+                self._reduction.flush()
             self._engine.step()
         norm = self._plain_grad_norm if self._plain_grad_norm is not None else self._engine.get_global_grad_norm()
         overflow = bool(getattr(self._engine.optimizer, "overflow", False))
@@ -116,18 +131,19 @@ class DeepSpeedEngine:
 
     def save(self, write: StateWriter) -> None:
         # save_latest=False: the tag file is written before DeepSpeed's last barrier and has no meaning for us.
-        with redirected_saves(self._engine, write) as root:
+        with self._whole_on_host(), redirected_saves(self._engine, write) as root:
             self._engine.save_checkpoint(
                 root, tag=ENGINE_TAG, save_latest=False, exclude_frozen_parameters=not self._save_frozen
             )
 
     def load(self, folder: Path) -> None:
-        path, _ = self._engine.load_checkpoint(
-            str(folder),
-            tag=ENGINE_TAG,
-            load_module_strict=self._save_frozen,
-            load_lr_scheduler_states=False,
-        )
+        with self._whole_on_host():
+            path, _ = self._engine.load_checkpoint(
+                str(folder),
+                tag=ENGINE_TAG,
+                load_module_strict=self._save_frozen,
+                load_lr_scheduler_states=False,
+            )
         if path is None:
             raise MachineFault(f"DeepSpeed could not load {folder}", rank=self.rank)
 
@@ -136,6 +152,9 @@ class DeepSpeedEngine:
         """Within this, the given parameters are whole on every rank (they already are below stage 3)."""
         with GatheredParameters(parameters, enabled=self.zero_stage == 3):
             yield
+
+    def _whole_on_host(self) -> AbstractContextManager[None]:
+        return self._streamed.whole_on_host() if self._streamed else nullcontext()
 
     def _measure_plain_grad_norm(self, optimizer: torch.optim.Optimizer) -> None:
         """Let stage 0 in fp32 report the norm that every other stage reports: whole, before clipping.
