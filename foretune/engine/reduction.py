@@ -3,9 +3,9 @@
     micro-batches ──autograd──▶ sums in `param.grad` (this rank's)  ──step──▶ reduced to their owners, once
 
 DeepSpeed 0.19.8 sends every gradient to its owner as backward makes it, and adds it up there; that saves the memory of
-the parts that others own. Between the ranks of one host gloo moves about 1 GB/s and takes the cores that compute, so the
-sums wait for the step: `engine.coalesce_grad_reduction()` is made for it, but refuses an engine whose caller owns the
-boundary, as ours does. Its parts are used here: the flag that its hooks look at, and its flush.
+the parts that others own. Between the ranks of one host gloo moves about 1 GB/s and takes the cores that compute, so
+the sums wait for the step: `engine.coalesce_grad_reduction()` is made for it, but refuses an engine whose caller owns
+the boundary, as ours does. Its parts are used here: the flag that its hooks look at, and its flush.
 
 Memory: whole gradients, b·ψt on every rank instead of b·ψt/N, as ZeRO 1 has them. Sums differ in their order.
 """

@@ -240,9 +240,9 @@ class _Ferry:
         self._slots = slots
         self._cuda = slots[0][0].device.type == "cuda"
         if self._cuda:
-            self._up, self._down = torch.cuda.Stream(), torch.cuda.Stream()
-            self._there = [torch.cuda.Event() for _ in slots]
-            self._free = [torch.cuda.Event() for _ in slots]
+            self._up, self._down = torch.cuda.Stream(), torch.cuda.Stream()  # type: ignore[no-untyped-call]
+            self._there = [torch.cuda.Event() for _ in slots]  # type: ignore[no-untyped-call]
+            self._free = [torch.cuda.Event() for _ in slots]  # type: ignore[no-untyped-call]
 
     def send_up(self, number: int, host: list[torch.Tensor]) -> None:
         """Begin to copy a piece to the device."""
@@ -312,6 +312,6 @@ def _lock_pages(tensor: torch.Tensor, start: int, device: torch.device) -> None:
     part = tensor[start:]
     if device.type != "cuda" or part.numel() == 0 or part.is_pinned():
         return
-    runtime: Any = torch.cuda.cudart()
-    torch.cuda.check_error(int(runtime.cudaHostRegister(part.data_ptr(), part.nbytes, 0)))
-    finalize(tensor, runtime.cudaHostUnregister, part.data_ptr())
+    runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+    torch.cuda.check_error(runtime.cudaHostRegister(part.data_ptr(), part.nbytes, 0))
+    finalize(tensor, runtime.cudaHostUnregister, part.data_ptr()).atexit = False  # the end of the process does it

@@ -1,0 +1,174 @@
+"""The optimizer in host memory: states that pass through the device, beside DeepSpeed's own partial offload.
+
+    python bench/offload.py [--shape 7B] [--contenders foretune,deepspeed] [--share 0.85] [--steps 4]
+
+The same random weights, rows of tokens, loss and packed attention for both; 4 x 4 rows of 4096 tokens a step, every
+layer checkpointed. `foretune`: ZeRO-1, fp32 sums on the device, compiled layers, `foretune.engine.streaming`.
+`deepspeed`: ZeRO-3 with `offload_optimizer.ratio` 0.7 and CPUAdam on all cores, bf16 sums, everything else as DeepSpeed
+has it. Out: tokens per second, forward, backward and optimizer step apart, peak memory of device and host, losses.
+
+Without a GPU a tiny shape in bf16 shows that it runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from measuring import machine, save_result
+
+MICRO_BATCH, ACCUMULATION = 4, 4
+RATIO = 0.7  # of DeepSpeed's partial offload: what the host's 125 GiB allow
+LEARNING_RATE = 1e-5
+
+
+def engine_config(contender: str) -> dict[str, Any]:
+    """DeepSpeed's section of a contender."""
+    config: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": MICRO_BATCH, "gradient_accumulation_steps": ACCUMULATION,
+        "train_batch_size": MICRO_BATCH * ACCUMULATION, "managed_gradient_accumulation": False,
+        "gradient_clipping": 1.0, "steps_per_print": 10**9, "zero_allow_untested_optimizer": True,
+        "timers": {"throughput": {"enabled": False}},
+    }  # fmt: skip
+    if contender == "foretune":
+        return config | {
+            "zero_optimization": {"stage": 1, "overlap_comm": False},
+            "bf16": {"enabled": True, "immediate_grad_update": True},
+            "data_types": {"grad_accum_dtype": "fp32"},
+            "communication_data_type": "fp32",
+        }
+    offload = {"device": "cpu", "pin_memory": True, "ratio": RATIO}
+    zero = {"stage": 3, "offload_optimizer": offload, "sub_group_size": 100_000_000}
+    return config | {"zero_optimization": zero, "bf16": {"enabled": True}}
+
+
+def run(spec: dict[str, Any]) -> dict[str, Any]:
+    """One contender in this process."""
+    import torch
+    from contenders import Rows
+    from transformers import AutoModelForCausalLM, Qwen2Config
+
+    from foretune.config.schema import TrainConfig
+    from foretune.distributed import rank_info
+    from foretune.engine import DeepSpeedEngine, build_optimizer, close_group, open_group
+    from foretune.model import attention, loading
+    from foretune.model.compilation import compile_layers, refusal
+    from foretune.model.loss import attach_loss
+    from foretune.training.loop import train
+    from foretune.training.state import TrainState
+
+    ours = spec["contender"] == "foretune"
+    began = time.monotonic()
+    device = open_group(rank_info())
+    config = Qwen2Config(**spec["shape"], max_position_embeddings=32768, rope_theta=1e6, use_sliding_window=False)
+    torch.manual_seed(0)
+    with device:
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    loading.checkpoint_layers(model, config.num_hidden_layers)
+    if attention.refusal(model, device=device) is None:
+        attention.use_packed_attention(model)
+    compiled = ours and refusal(device) is None
+    attach_loss(model, chunk_tokens=2048, fused=compiled)
+    optimizer = build_optimizer(model.parameters(), TrainConfig(), learning_rate=LEARNING_RATE,
+                                offload_optimizer=0.0 if ours else RATIO)  # fmt: skip
+    engine = DeepSpeedEngine(model, optimizer, engine_config(spec["contender"]), device=device,
+                             streamed_share=spec["share"] if ours else 0.0)  # fmt: skip
+    if compiled:
+        compile_layers(model)
+    built = time.monotonic() - began
+    reports: list[Any] = []
+
+    class Note:
+        def after_step(self, report: Any, state: Any) -> None:
+            reports.append(report)
+            print(report.step, round(report.seconds, 3), report.seconds_by_phase, report.loss, flush=True)
+
+    train(engine, Rows(spec, MICRO_BATCH), TrainState(), total_steps=spec["steps"],  # type: ignore[arg-type]
+          learning_rate=lambda step: LEARNING_RATE, hooks=[Note()])  # fmt: skip
+    figures = {
+        "build_seconds": built,
+        "step_seconds": [report.seconds for report in reports],
+        "phases": [report.seconds_by_phase for report in reports],
+        "losses": [report.loss for report in reports],
+        "parameters": sum(p.numel() for p in model.parameters()) if ours else None,
+        "host_peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "compiled": compiled,
+    }
+    if device.type == "cuda":
+        figures |= {"peak_bytes": torch.cuda.max_memory_allocated(),
+                    "peak_reserved_bytes": torch.cuda.max_memory_reserved()}  # fmt: skip
+    close_group()
+    return figures
+
+
+def measure(spec: dict[str, Any], folder: Path, timeout_seconds: float) -> dict[str, Any]:
+    """One contender in a process of its own."""
+    name = spec["contender"]
+    file, answer, log = folder / f"{name}-spec.json", folder / f"{name}.json", folder / f"{name}.log"
+    file.write_text(json.dumps(spec))
+    environment = os.environ | {
+        "OMP_NUM_THREADS": str(len(os.sched_getaffinity(0))),
+        "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
+    }
+    with log.open("w") as out:
+        try:
+            subprocess.run([sys.executable, __file__, "--child", str(file), str(answer)], stdout=out, stderr=out,
+                           env=environment, timeout=timeout_seconds)  # fmt: skip
+        except subprocess.TimeoutExpired:
+            print(f"{name}: cut off after {timeout_seconds:.0f} s", file=out)
+    if not answer.is_file():
+        return {"error": log.read_text(errors="replace")[-1500:]}
+    result: dict[str, Any] = json.loads(answer.read_text())
+    settled = slice(2, None) if len(result["step_seconds"]) > 2 else slice(None)  # compiling, page-locking
+    seconds = statistics.median(result["step_seconds"][settled])
+    phases = result["phases"][settled]
+    names = {name for one in phases for name in one}
+    return result | {
+        "median_step_seconds": seconds,
+        "median_phase_seconds": {name: statistics.median(one.get(name, 0.0) for one in phases) for name in names},
+        "tokens_per_second": spec["rows"] * spec["length"] / seconds,
+    }
+
+
+def main() -> None:
+    """Measure every contender; ours first, since DeepSpeed's compiles its kernel and initialises for minutes."""
+    if sys.argv[1:2] == ["--child"]:
+        result = run(json.loads(Path(sys.argv[2]).read_text()))
+        Path(sys.argv[3]).write_text(json.dumps(result))
+        sys.stdout.flush()
+        os._exit(0)  # a process group's threads may hang at shutdown; everything is written
+    from throughput import SHAPES
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", default="7B", choices=tuple(SHAPES))
+    parser.add_argument("--contenders", default="foretune,deepspeed")
+    parser.add_argument("--share", type=float, default=0.85, help="of ours, in host memory")
+    parser.add_argument("--length", type=int, default=4096)
+    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--minutes", type=float, default=5.0, help="each contender is cut off after this")
+    parser.add_argument("--out", type=Path, help="folder of the JSON (default: bench/results)")
+    asked = parser.parse_args()
+    results: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as work:
+        for contender in asked.contenders.split(","):
+            spec = {"contender": contender, "shape": SHAPES[asked.shape], "share": asked.share, "steps": asked.steps,
+                    "rows": MICRO_BATCH * ACCUMULATION, "length": asked.length, "seed": 0}  # fmt: skip
+            results[contender] = measure(spec, Path(work), asked.minutes * 60)
+            print(contender, json.dumps(results[contender], indent=1), flush=True)
+            save_result(f"offload-{asked.shape}", {
+                "machine": machine(), "shape": asked.shape, "rows": spec["rows"], "length": asked.length,
+                "share": asked.share, "deepspeed_ratio": RATIO, "results": results,
+            }, folder=asked.out)  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

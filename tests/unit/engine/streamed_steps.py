@@ -1,0 +1,97 @@
+"""Trains one tiny model with Adam's states on the device and with shares of them in host memory; prints hashes.
+
+Started by test_streaming.py, since a process group and DeepSpeed's patches are for a process of their own. Pieces are
+so small that every slot is used several times.
+"""
+
+import hashlib
+import json
+import sys
+from functools import partialmethod
+from pathlib import Path
+from typing import Any
+
+import torch
+from step_costs import DEVICE, config_of
+
+from foretune.config.schema import TrainConfig
+from foretune.distributed import rank_info
+from foretune.engine import DeepSpeedEngine, build_optimizer, close_group, open_group
+from foretune.engine.streaming import StreamedStates
+
+SAVED, LAST = 4, 7
+
+
+def build(share: float, optimizer_name: str) -> DeepSpeedEngine:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(64, 301), torch.nn.GELU(), torch.nn.Linear(301, 33))
+    model = model.to(DEVICE, torch.bfloat16)
+    train = TrainConfig(optimizer=optimizer_name, weight_decay=0.1)
+    optimizer = build_optimizer(model.parameters(), train, learning_rate=1e-2)
+    config = config_of(1, "bf16", 1.0, shortcuts=True) | {"communication_data_type": "fp32"}
+    return DeepSpeedEngine(model, optimizer, config, device=DEVICE, streamed_share=share)
+
+
+def steps(engine: DeepSpeedEngine, first: int, last: int) -> list[float]:
+    norms = []
+    for step in range(first, last):
+        generator = torch.Generator().manual_seed(step)
+        for _ in range(2):
+            x = torch.randn(8, 64, generator=generator).to(DEVICE, torch.bfloat16)
+            engine.backward(engine(input=x).float().square().sum() * 10)
+        norms.append(engine.step(1e-2).grad_norm)
+    return norms
+
+
+def digest(engine: DeepSpeedEngine) -> str:
+    weights = torch.cat([p.detach().float().flatten() for p in engine.module.parameters()])
+    return hashlib.sha256(weights.cpu().numpy().tobytes()).hexdigest()
+
+
+def save(engine: DeepSpeedEngine, folder: Path) -> None:
+    def write(path: str, state: Any) -> None:
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        torch.save(state, folder / path)
+
+    engine.save(write)
+
+
+def run(folder: Path, share: float, optimizer_name: str) -> dict[str, Any]:
+    """Train, saving in between; then take the other's checkpoint and train to the end again."""
+    engine = build(share, optimizer_name)
+    norms = steps(engine, 0, SAVED)
+    save(engine, folder / optimizer_name / str(share))
+    norms += steps(engine, SAVED, LAST)
+    return {"norms": norms, "digest": digest(engine)}
+
+
+def resume(folder: Path, share: float, optimizer_name: str, *, saved_by: float, used: bool) -> str:
+    engine = build(share, optimizer_name)
+    if used:  # what was there must be gone
+        steps(engine, 0, 2)
+    engine.load(folder / optimizer_name / str(saved_by))
+    steps(engine, SAVED, LAST)
+    return digest(engine)
+
+
+def main() -> None:
+    folder = Path(sys.argv[1])
+    open_group(rank_info())
+    StreamedStates.__init__ = partialmethod(StreamedStates.__init__, piece=4096)
+    result = {
+        name: {
+            "runs": {share: run(folder, share, name) for share in (0.0, 0.5, 1.0)},
+            "resumed": {
+                "device to host": resume(folder, 0.7, name, saved_by=0.0, used=False),
+                "host to device": resume(folder, 0.0, name, saved_by=0.5, used=False),
+                "host to a used engine": resume(folder, 0.3, name, saved_by=0.5, used=True),
+            },
+        }
+        for name in ("adamw", "adam")
+    }
+    close_group()
+    print("RESULT" + json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
