@@ -33,57 +33,35 @@ LEARNING_RATE = 1e-5
 
 def engine_config(contender: str) -> dict[str, Any]:
     """DeepSpeed's section of a contender."""
-    config: dict[str, Any] = {
-        "train_micro_batch_size_per_gpu": MICRO_BATCH, "gradient_accumulation_steps": ACCUMULATION,
-        "train_batch_size": MICRO_BATCH * ACCUMULATION, "managed_gradient_accumulation": False,
-        "gradient_clipping": 1.0, "steps_per_print": 10**9, "zero_allow_untested_optimizer": True,
-        "timers": {"throughput": {"enabled": False}},
-    }  # fmt: skip
+    from shaped import bf16_config
+
+    config = bf16_config(MICRO_BATCH, ACCUMULATION)
     if contender == "foretune":
-        return config | {
-            "zero_optimization": {"stage": 1, "overlap_comm": False},
-            "bf16": {"enabled": True, "immediate_grad_update": True},
-            "data_types": {"grad_accum_dtype": "fp32"},
-            "communication_data_type": "fp32",
-        }
+        return config
     offload = {"device": "cpu", "pin_memory": True, "ratio": RATIO}
     zero = {"stage": 3, "offload_optimizer": offload, "sub_group_size": 100_000_000}
-    return config | {"zero_optimization": zero, "bf16": {"enabled": True}}
+    kept = {key: value for key, value in config.items() if key not in ("data_types", "communication_data_type")}
+    return kept | {"zero_optimization": zero, "bf16": {"enabled": True}}
 
 
 def run(spec: dict[str, Any]) -> dict[str, Any]:
     """One contender in this process."""
     import torch
     from contenders import Rows
-    from transformers import AutoModelForCausalLM, Qwen2Config
+    from shaped import build
 
-    from foretune.config.schema import TrainConfig
     from foretune.distributed import rank_info
-    from foretune.engine import DeepSpeedEngine, build_optimizer, close_group, open_group
-    from foretune.model import attention, loading
-    from foretune.model.compilation import compile_layers, refusal
-    from foretune.model.loss import attach_loss
+    from foretune.engine import close_group, open_group
     from foretune.training.loop import train
     from foretune.training.state import TrainState
 
     ours = spec["contender"] == "foretune"
     began = time.monotonic()
     device = open_group(rank_info())
-    config = Qwen2Config(**spec["shape"], max_position_embeddings=32768, rope_theta=1e6, use_sliding_window=False)
-    torch.manual_seed(0)
-    with device:
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    loading.checkpoint_layers(model, config.num_hidden_layers)
-    if attention.refusal(model, device=device) is None:
-        attention.use_packed_attention(model)
-    compiled = ours and refusal(device) is None
-    attach_loss(model, chunk_tokens=2048, fused=compiled)
-    optimizer = build_optimizer(model.parameters(), TrainConfig(), learning_rate=LEARNING_RATE,
-                                offload_optimizer=0.0 if ours else RATIO)  # fmt: skip
-    engine = DeepSpeedEngine(model, optimizer, engine_config(spec["contender"]), device=device,
-                             streamed_share=spec["share"] if ours else 0.0)  # fmt: skip
-    if compiled:
-        compile_layers(model)
+    engine, facts = build(
+        spec["shape"], engine_config(spec["contender"]), device=device, learning_rate=LEARNING_RATE, compiled=ours,
+        deepspeed_ratio=0.0 if ours else RATIO, streamed_share=spec["share"] if ours else 0.0,
+    )  # fmt: skip
     built = time.monotonic() - began
     reports: list[Any] = []
 
@@ -99,9 +77,8 @@ def run(spec: dict[str, Any]) -> dict[str, Any]:
         "step_seconds": [report.seconds for report in reports],
         "phases": [report.seconds_by_phase for report in reports],
         "losses": [report.loss for report in reports],
-        "parameters": sum(p.numel() for p in model.parameters()) if ours else None,
         "host_peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-        "compiled": compiled,
+        **facts,
     }
     if device.type == "cuda":
         figures |= {"peak_bytes": torch.cuda.max_memory_allocated(),
