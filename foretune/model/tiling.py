@@ -79,7 +79,7 @@ def _in_tiles(run: Callable[[torch.Tensor], torch.Tensor], rows: int) -> Callabl
         result: torch.Tensor = _Tiled.apply(hidden, run, rows, *weights)  # type: ignore[no-untyped-call]
         return result
 
-    eager: Callable[..., torch.Tensor] = torch.compiler.disable(forward)
+    eager: Callable[..., torch.Tensor] = torch.compiler.disable(forward)  # type: ignore[no-untyped-call]
     return eager
 
 
