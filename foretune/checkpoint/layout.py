@@ -4,6 +4,7 @@ step-00000120/                 complete: it got this name last
     manifest.json              `foretune.artifacts.Checkpoint`
     engine/                    what DeepSpeed wrote
     rank-00000.pt              random-number states of one rank
+    device-states-00000.pt     optimizer states of one rank that are not offloaded, where only a share is
     reference.safetensors      logits that an export must reproduce (last checkpoint of a training)
     adapter_config.json        peft's, for LoRA
 .step-00000240.partial/        being written, or left by a crash: never read
@@ -38,6 +39,11 @@ def partial_folder_of(checkpoints: Path, step: int) -> Path:
 def rank_file(rank: int) -> str:
     """Name of one rank's file."""
     return f"rank-{rank:05d}.pt"
+
+
+def device_states_file(rank: int) -> str:
+    """Name of one rank's optimizer states on the device, where only a share of them is offloaded."""
+    return f"device-states-{rank:05d}.pt"
 
 
 def complete_steps(checkpoints: Path) -> list[int]:

@@ -15,8 +15,10 @@ import torch
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from deepspeed.runtime.zero import GatheredParameters
 
+from foretune.checkpoint import layout
 from foretune.checkpoint.snapshot import StateWriter
 from foretune.engine.communication import CommunicationClock
+from foretune.engine.partial_offload import PartialOffload
 from foretune.engine.protocol import StepResult
 from foretune.engine.reduction import ReductionAtStep
 from foretune.engine.saves import redirected_saves
@@ -63,6 +65,7 @@ class DeepSpeedEngine:
         self.zero_stage = int(self._engine.zero_optimization_stage())
         self._save_frozen = save_frozen
         self._torch_optimizer = optimizer
+        self._partial_offload = PartialOffload.of(self._engine.optimizer)
         self._communication = CommunicationClock()
         self._reduction: ReductionAtStep | None = None
         if device.type == "cpu":
@@ -90,7 +93,7 @@ class DeepSpeedEngine:
             self._engine.backward(loss, scale_wrt_gas=False)
 
     def step(self, learning_rate: float) -> StepResult:
-        for group in self._engine.optimizer.param_groups:
+        for group in self._param_groups():
             group["lr"] = learning_rate
         with translated_errors():
             if self._reduction:
@@ -135,6 +138,8 @@ class DeepSpeedEngine:
             self._engine.save_checkpoint(
                 root, tag=ENGINE_TAG, save_latest=False, exclude_frozen_parameters=not self._save_frozen
             )
+        if self._partial_offload is not None:
+            write(layout.device_states_file(self.rank), self._partial_offload.state_dict())
 
     def load(self, folder: Path) -> None:
         with self._whole_on_host():
@@ -146,6 +151,10 @@ class DeepSpeedEngine:
             )
         if path is None:
             raise MachineFault(f"DeepSpeed could not load {folder}", rank=self.rank)
+        if self._partial_offload is not None:
+            self._partial_offload.load_state_dict(
+                torch.load(folder / layout.device_states_file(self.rank), map_location="cpu", weights_only=False)
+            )
 
     @contextmanager
     def whole_parameters(self, parameters: list[torch.nn.Parameter]) -> Iterator[None]:
@@ -155,6 +164,10 @@ class DeepSpeedEngine:
 
     def _whole_on_host(self) -> AbstractContextManager[None]:
         return self._streamed.whole_on_host() if self._streamed else nullcontext()
+
+    def _param_groups(self) -> list[dict[str, Any]]:
+        groups: list[dict[str, Any]] = self._engine.optimizer.param_groups
+        return groups if self._partial_offload is None else [*groups, *self._partial_offload.param_groups]
 
     def _measure_plain_grad_norm(self, optimizer: torch.optim.Optimizer) -> None:
         """Let stage 0 in fp32 report the norm that every other stage reports: whole, before clipping.

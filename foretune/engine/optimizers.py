@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 
 from foretune.config.schema import TrainConfig
-from foretune.errors import UserError
+from foretune.engine.partial_offload import build_cpu_adam
 
 
 def build_optimizer(
@@ -42,7 +41,7 @@ def build_optimizer(
         groups = [{"params": trainable, "weight_decay": 0.0}]
     groups = [group for group in groups if group["params"]]
     if 0 < offload_optimizer < 1:
-        return _cpu_adam(groups, train, learning_rate=learning_rate, offload_optimizer=offload_optimizer)
+        return build_cpu_adam(groups, train, learning_rate=learning_rate, offload_optimizer=offload_optimizer)
     if train.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=learning_rate, momentum=train.momentum)
     family = torch.optim.AdamW if train.optimizer == "adamw" else torch.optim.Adam
@@ -53,31 +52,3 @@ def build_optimizer(
         eps=train.adam_epsilon,
         fused=True,
     )
-
-
-def _cpu_adam(
-    groups: list[dict[str, Any]], train: TrainConfig, *, learning_rate: float, offload_optimizer: float
-) -> torch.optim.Optimizer:
-    """DeepSpeed's CPUAdam: it steps the offloaded share, a backup on the device the rest. Compiled once, with g++."""
-    from deepspeed.ops.adam import DeepSpeedCPUAdam
-
-    field = "plan.offload_optimizer"
-    if train.optimizer == "sgd":
-        raise UserError(field, offload_optimizer, "only Adam can be offloaded in part", "set it to true or false")
-    try:
-        optimizer: torch.optim.Optimizer = DeepSpeedCPUAdam(
-            groups,
-            lr=learning_rate,
-            betas=(train.adam_beta1, train.adam_beta2),
-            eps=train.adam_epsilon,
-            adamw_mode=train.optimizer == "adamw",
-        )
-    except (RuntimeError, OSError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(
-            field,
-            offload_optimizer,
-            f"a partial offload needs DeepSpeed's CPUAdam, which could not be built: {reason}",
-            "install g++ and ninja, or set it to true or false",
-        ) from error
-    return optimizer
