@@ -5,7 +5,7 @@
 
 from foretune.engine.deepspeed_engine import DeepSpeedEngine
 from foretune.engine.fake import FakeEngine
-from foretune.engine.group import close_group, open_group
+from foretune.engine.group import close_group, import_late_modules, open_group
 from foretune.engine.optimizers import build_optimizer
 from foretune.engine.partitioned import partitioned_loading
 from foretune.engine.protocol import Engine, StepResult
@@ -17,6 +17,7 @@ __all__ = [
     "StepResult",
     "build_optimizer",
     "close_group",
+    "import_late_modules",
     "open_group",
     "partitioned_loading",
 ]

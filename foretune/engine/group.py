@@ -41,6 +41,14 @@ def open_group(rank: RankInfo, *, deterministic: bool = False) -> torch.device:
     return device
 
 
+def import_late_modules() -> None:
+    """Import what DeepSpeed only imports on the way to its first step, for a process that is forked into ranks.
+
+    (Not its operators' builders: they would ask the GPU for its kind.)
+    """
+    import deepspeed.module_inject.auto_ep_layer  # noqa: F401
+
+
 def _free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
@@ -57,20 +65,23 @@ def _without_compiler() -> None:
     """Keep DeepSpeed from compiling its shared-memory collectives on a CPU.
 
     The JIT needs g++ and ninja on PATH and takes 36 s the first time; without them every CPU run would die in
-    ``init_distributed``. gloo does the same work.
+    ``init_distributed``. gloo does the same work. DeepSpeed looks into this table for that operator alone; left to
+    itself it would fill it by trying compilers and asking the GPU.
     """
     import deepspeed.ops
 
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.ops.__compatible_ops__ = {}
 
 
 def _without_muon() -> None:
-    """Keep `deepspeed.initialize` from importing an optimizer that is not used, and torch's compiler with it.
+    """Keep DeepSpeed from importing an optimizer that is not used, and torch's compiler with it.
 
-    DeepSpeed only asks whether the optimizer is a ``MuonWithAuxAdam``; none is, so a class of that name will do.
+    ``initialize`` only asks whether the optimizer is a ``MuonWithAuxAdam``; none is, so a class of that name will do.
+    The first step imports ``muon_update`` and never calls it (2 s, in every rank, on quiet cores).
     """
-    name = "deepspeed.runtime.zero.muon.muon_optimizer"
-    if name not in sys.modules:
-        stub = types.ModuleType(name)
-        stub.MuonWithAuxAdam = type("MuonWithAuxAdam", (), {})  # type: ignore[attr-defined]
-        sys.modules[name] = stub
+    for name, member in (("muon_optimizer", "MuonWithAuxAdam"), ("original_muon", "muon_update")):
+        path = f"deepspeed.runtime.zero.muon.{name}"
+        if path not in sys.modules:
+            stub = types.ModuleType(path)
+            setattr(stub, member, type(member, (), {}))
+            sys.modules[path] = stub

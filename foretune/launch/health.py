@@ -21,6 +21,8 @@ from foretune.heartbeat import Beat, read_heartbeat
 
 #: Import, first collective, loading weights, compiling: no bound that fits all; generous.
 _START_SECONDS = 1800.0
+#: A launch's first step pays for what is made or imported late: it gets this many times a bound of the user's.
+_FIRST_STEP_FACTOR = 5.0
 #: Without a bound of the user's: this many times the usual step, but never less than the floor.
 _STEP_FACTOR = 20.0
 _FLOOR_SECONDS = 120.0
@@ -48,7 +50,7 @@ class Health:
     """Watches the heartbeats of one launch."""
 
     def __init__(self, run: RunFolder, *, ranks: int, hang_seconds: float | None) -> None:
-        """`hang_seconds` bounds every phase of a step; None adapts to the step time."""
+        """`hang_seconds` bounds every phase of a step (the first gets more time); None adapts to the step time."""
         self._run, self._ranks, self._bound = run, ranks, hang_seconds
         self._step_seconds: deque[float] = deque(maxlen=50)
 
@@ -77,7 +79,7 @@ class Health:
         if beat.phase in ("start", "end"):
             return _START_SECONDS
         if self._bound is not None:
-            return self._bound
+            return self._bound * (1.0 if self._step_seconds else _FIRST_STEP_FACTOR)
         if beat.phase == "save":
             return _SAVE_SECONDS
         usual = median(self._step_seconds) if self._step_seconds else _START_SECONDS / _STEP_FACTOR

@@ -98,14 +98,19 @@ def _fork(rank: dict[str, Any]) -> int:
 
 def _import_all(run: Path) -> None:
     """Everything that a rank will import, the model's own module included."""
+    import pyarrow
     import transformers.integrations.deepspeed  # noqa: F401
 
     import foretune.training.build
     import foretune.training.loop
     import foretune.training.resume  # noqa: F401
     from foretune.artifacts import Plan, RunFolder
+    from foretune.engine import import_late_modules
     from foretune.model.loading import import_model_class
 
+    import_late_modules()
+
+    pyarrow.array([0]).to_numpy()  # the first time, this imports pandas
     with suppress(ImportError):  # an extra
         import torch.utils.tensorboard
     folder = RunFolder(run)

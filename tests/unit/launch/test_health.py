@@ -118,3 +118,13 @@ def test_the_bound_adapts_to_the_time_of_a_step(run: RunFolder) -> None:
     Heartbeat(run.heartbeat_of(0)).beat("forward", 5)
     (beat,) = health.beats().values()
     assert health._limit(beat) == 600.0
+
+
+def test_the_first_step_of_a_launch_gets_more_time(run: RunFolder) -> None:
+    """Busy cores once took 4 s to import on the way to the first step, and that was no hang."""
+    health = Health(run, ranks=1, hang_seconds=4.0)
+    Heartbeat(run.heartbeat_of(0)).beat("step", 8)
+    (beat,) = health.beats().values()
+    assert health._limit(beat) == 20.0
+    health.took_step(0.1)
+    assert health._limit(beat) == 4.0
