@@ -273,6 +273,7 @@ class Checkpoint(Artifact):
     fingerprint: str  # of the prepared data the step count refers to
     train_state: dict[str, Any]
     files: dict[str, RankFile]  # relative path → hash and size
+    held_out_loss: float | None = None  # nats per target token; with checkpoint.keep_best only
 
 
 class LossEstimate(Artifact):

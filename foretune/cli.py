@@ -51,6 +51,7 @@ Deterministic = Annotated[bool | None, typer.Option("--deterministic", help="Bit
 TrustRemoteCode = Annotated[
     bool | None, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")
 ]
+Step = Annotated[int | None, typer.Option("--step", help="Of the checkpoint; the newest if not given.")]
 Json = Annotated[bool, typer.Option("--json", help="Write the result to stdout as JSON.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")]
 _say_progress = partial(typer.echo, err=True)
@@ -217,9 +218,11 @@ def train(
 def evaluate(
     what: RunOrModel,
     data: Annotated[str | None, typer.Option("--data", help="Examples; a run's held-out ones if not given.")] = None,
+    *,
     task: Annotated[
         list[str] | None, typer.Option("--task", help="Evaluation task; may be given several times.")
     ] = None,
+    step: Step = None,
     trust_remote_code: TrustRemoteCode = None,
     as_json: Json = False,
 ) -> None:
@@ -232,7 +235,12 @@ def evaluate(
 
     with results_alone_on_stdout():
         report = pipeline.evaluate(
-            what, data, tasks=task or (), trust_remote_code=trust_remote_code or False, on_progress=_say_progress
+            what,
+            data,
+            tasks=task or (),
+            step=step,
+            trust_remote_code=trust_remote_code or False,
+            on_progress=_say_progress,
         )
     if as_json:
         typer.echo(report.model_dump_json(indent=2))
@@ -247,7 +255,7 @@ def export(
     kind: Annotated[
         list[str] | None, typer.Option("--kind", help="full, adapter or merged; all that there are if not given.")
     ] = None,
-    step: Annotated[int | None, typer.Option("--step", help="Of the checkpoint; the newest if not given.")] = None,
+    step: Step = None,
     as_json: Json = False,
 ) -> None:
     """Write a run's newest checkpoint as a Hugging Face folder, verified against what training computed.

@@ -11,6 +11,7 @@ import os
 import shutil
 from collections.abc import Callable, Container, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 from foretune.artifacts import Checkpoint, RankFile, sync_folder
@@ -102,14 +103,53 @@ def newest_complete(
     return None
 
 
-def prune(checkpoints: Path, *, keep: int, keep_every: int | None = None) -> None:
+def choose(checkpoints: Path, step: int | None = None) -> tuple[Path, Checkpoint]:
+    """The newest checkpoint that verifies, or the one of a step.
+
+    Raises:
+        UserError: there is none (of that step).
+        VerificationFailed: there are some, and none is sound; or that one is not.
+    """
+    if step is None:
+        passed_over: list[str] = []
+        found = newest_complete(checkpoints, on_passed_over=passed_over.append)
+        if found is not None:
+            return found
+        if passed_over:
+            raise VerificationFailed(f"no checkpoint in {checkpoints} is sound: {'; '.join(passed_over)}")
+        raise UserError("RUN", str(checkpoints.parent), "has no complete checkpoint", "train it first: foretune train")
+    steps = layout.complete_steps(checkpoints)
+    if step not in steps:
+        there = ", ".join(str(number) for number in steps) or "none"
+        raise UserError("--step", step, f"there is no checkpoint of that step (there are: {there})", "name one of them")
+    folder = layout.folder_of(checkpoints, step)
+    return folder, verify(folder)
+
+
+def best_step(checkpoints: Path) -> tuple[int, float] | None:
+    """Step and held-out loss of the complete checkpoint with the least (the newer of equals), unverified."""
+    losses: list[tuple[float, int]] = []
+    for step in layout.complete_steps(checkpoints):
+        with suppress(UserError):  # a damaged manifest is no candidate
+            loss = Checkpoint.read(layout.folder_of(checkpoints, step) / layout.MANIFEST).held_out_loss
+            if loss is not None:
+                losses.append((loss, -step))
+    if not losses:
+        return None
+    loss, negative = min(losses)
+    return -negative, loss
+
+
+def prune(checkpoints: Path, *, keep: int, keep_every: int | None = None, keep_best: bool = False) -> None:
     """Delete what is older than the `keep` newest complete checkpoints, and the partial ones that crashes left.
 
     Called right after a commit, when nothing is being written: the newest is good, so the last good one always stays.
-    `keep_every` keeps every checkpoint whose step is a multiple of it.
+    `keep_every` keeps every checkpoint whose step is a multiple of it, `keep_best` that with the least held-out loss.
     """
+    best = best_step(checkpoints) if keep_best else None
     for step in layout.complete_steps(checkpoints)[keep:]:
-        if keep_every is None or step % keep_every:
+        multiple = keep_every is not None and step % keep_every == 0
+        if not multiple and (best is None or step != best[0]):
             _delete(layout.folder_of(checkpoints, step))
     for partial in checkpoints.glob(".step-*.partial"):
         shutil.rmtree(partial, ignore_errors=True)

@@ -151,11 +151,19 @@ class PlanConfig(Section):
 class CheckpointConfig(Section):
     """When to save and what to keep."""
 
-    every: Annotated[PositiveInt | Auto, Field(description="steps between checkpoints")] = "auto"
+    every: Annotated[
+        PositiveInt | Auto, Field(description="steps between checkpoints; auto adapts to what saves and failures cost")
+    ] = "auto"
+    max_lost_minutes: Annotated[
+        float, Field(gt=0, description="of work that a failure may cost, where every is auto")
+    ] = 15.0
     keep: Annotated[PositiveInt, Field(description="newest checkpoints to keep")] = 3
     keep_every: Annotated[
         PositiveInt | None, Field(description="also keep every checkpoint whose step is a multiple of this")
     ] = None
+    keep_best: Annotated[
+        bool, Field(description="also keep the checkpoint with the least held-out loss, which is measured at each save")
+    ] = False
     background: Annotated[
         bool, Field(description="copy to host memory and write from there, where it has room for a copy")
     ] = True

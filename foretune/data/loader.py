@@ -11,6 +11,7 @@ run that resumes, on as many ranks or on others, computes its next batch instead
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +123,7 @@ class Loader:
         self._num_packs = index.pack_offsets.size - 1
         self._permutation: tuple[int, Ints] = (-1, np.zeros(0, dtype=np.int64))
         self.steps_per_epoch = -(-self._num_packs // global_batch_size)
+        self.validation_rows = index.validation_offsets.size - 1
 
     def step(self, step: int) -> StepBatch:
         """The batch of a step, counted from 0. Epochs follow each other; the last batch of an epoch may be smaller."""
@@ -139,11 +141,14 @@ class Loader:
             documents=pieces.tolist(),
         )
 
-    def validation(self) -> list[MicroBatch]:
-        """This rank's share of the held-out documents, in a fixed order; as many micro-batches on every rank."""
+    def validation(self, most_rows: int | None = None) -> list[MicroBatch]:
+        """This rank's share of the held-out documents, in a fixed order; as many micro-batches on every rank.
+
+        `most_rows`: of the held-out packs, over all ranks, only the first so many.
+        """
         index = self._index
-        bounds = zip(index.validation_offsets[:-1].tolist(), index.validation_offsets[1:].tolist(), strict=True)
-        return self._deal([index.validation_pieces[start:stop] for start, stop in bounds])
+        offsets = index.validation_offsets[: None if most_rows is None else most_rows + 1].tolist()
+        return self._deal([index.validation_pieces[start:stop] for start, stop in pairwise(offsets)])
 
     def first_documents(self, count: int) -> list[Ints]:
         """Tokens (int64) of up to `count` documents of at least two tokens, from step 0 on; the same on every rank."""

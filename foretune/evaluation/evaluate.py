@@ -33,7 +33,7 @@ from foretune.checkpoint.consolidate import load_weights
 from foretune.config import Config, DataConfig, DataSource, parse_config
 from foretune.data import load_tokenizer, prepare
 from foretune.data.chat_template import stop_token_ids
-from foretune.errors import UserError, VerificationFailed
+from foretune.errors import UserError
 from foretune.evaluation.bootstrap import interval, resampled_means
 from foretune.evaluation.documents import Document, Documents, folder_for, held_out, whole_folder
 from foretune.evaluation.tasks import check_documents, check_tasks, score_answers
@@ -88,9 +88,10 @@ def evaluate_run(
     data: str | None = None,
     tasks: Sequence[str] = (),
     max_tokens: int | None = None,
+    step: int | None = None,
     on_progress: Say = lambda message: None,
 ) -> EvaluationReport:
-    """Evaluate a run's newest complete checkpoint against the model it started from.
+    """Evaluate a run's newest complete checkpoint, or that of a step, against the model it started from.
 
     Args:
         run: a run that has trained.
@@ -105,12 +106,12 @@ def evaluate_run(
         RUN/evaluation/.
 
     Raises:
-        UserError: nothing was held out, no checkpoint, unknown task, unusable data.
+        UserError: nothing was held out, no checkpoint (of that step), unknown task, unusable data.
         VerificationFailed: the checkpoint is damaged.
     """
     check_tasks(tasks)
     plan = Plan.read(run.plan)
-    checkpoint, manifest = _newest(run)
+    checkpoint, manifest = store.choose(run.checkpoints, step)
     kind = "cuda" if torch.cuda.is_available() else "cpu"
     bound = max_tokens or MAX_TOKENS[kind]
     if data is None:
@@ -188,16 +189,6 @@ def evaluate_model(
         )
         on_progress(f"scoring {len(documents.documents)} documents")
         return _report(work, base=None, tuned=_ask(model, work), step=None)
-
-
-def _newest(run: RunFolder) -> tuple[Path, Any]:
-    passed_over: list[str] = []
-    found = store.newest_complete(run.checkpoints, on_passed_over=passed_over.append)
-    if found is None and passed_over:
-        raise VerificationFailed(f"no checkpoint in {run.checkpoints} is sound: {'; '.join(passed_over)}")
-    if found is None:
-        raise UserError("RUN", str(run.path), "has no complete checkpoint", "train it first: foretune train")
-    return found
 
 
 def _held_out(run: RunFolder, config: Config, bound: int) -> Documents:

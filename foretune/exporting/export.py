@@ -33,7 +33,7 @@ from foretune.artifacts import (
 from foretune.checkpoint import layout, store
 from foretune.checkpoint.consolidate import iterate_weights, load_weights
 from foretune.config import Config, load_config
-from foretune.errors import UserError, VerificationFailed
+from foretune.errors import UserError
 from foretune.exporting import companions, lora
 from foretune.exporting.card import base_name, model_card
 from foretune.exporting.verification import LogitCheck, check_logits, check_tokenizer, load_and_check
@@ -120,23 +120,7 @@ def _source(run: RunFolder, step: int | None) -> _Source:
     """Read the run and choose the checkpoint; its hashes match."""
     plan, config = Plan.read(run.plan), load_config(run.config)
     prepared = PreparedDataset.read(run.data / PreparedDataset.file_name)
-    if step is None:
-        passed_over: list[str] = []
-        found = store.newest_complete(run.checkpoints, on_passed_over=passed_over.append)
-        if found is None and passed_over:
-            raise VerificationFailed(f"no checkpoint in {run.checkpoints} is sound: {'; '.join(passed_over)}")
-        if found is None:
-            raise UserError("RUN", str(run.path), "has no complete checkpoint", "train it first: foretune train")
-        checkpoint, manifest = found
-    else:
-        checkpoint = layout.folder_of(run.checkpoints, step)
-        steps = layout.complete_steps(run.checkpoints)
-        if step not in steps:
-            there = ", ".join(str(number) for number in steps) or "none"
-            raise UserError(
-                "--step", step, f"there is no checkpoint of that step (there are: {there})", "name one of them"
-            )
-        manifest = store.verify(checkpoint)
+    checkpoint, manifest = store.choose(run.checkpoints, step)
     if not (checkpoint / layout.REFERENCE).is_file():
         raise UserError(
             "RUN",

@@ -20,6 +20,7 @@ from typing import Any
 
 from foretune.artifacts import Checkpoint, RankFile, RunFolder
 from foretune.checkpoint import layout, store
+from foretune.config.schema import CheckpointConfig
 from foretune.errors import ForetuneError
 from foretune.events import EventKind, Journal
 from foretune.faults import Faults
@@ -33,7 +34,7 @@ class Persister:
 
     Args:
         memories: descriptors of the ranks' snapshot memory, by local rank.
-        keep: newest checkpoints to keep; `keep_every`: every checkpoint whose step is a multiple is kept too.
+        retention: which checkpoints are kept.
     """
 
     def __init__(
@@ -41,12 +42,11 @@ class Persister:
         run: RunFolder,
         *,
         memories: list[int],
-        keep: int,
-        keep_every: int | None,
+        retention: CheckpointConfig,
         journal: Journal,
         faults: Faults,
     ) -> None:
-        self._run, self._memories, self._keep, self._keep_every = run, memories, keep, keep_every
+        self._run, self._memories, self._retention = run, memories, retention
         self._journal, self._faults = journal, faults
         self._lock = threading.Lock()
         self._ended = threading.Event()
@@ -113,7 +113,8 @@ class Persister:
             partial = partial.rename(layout.partial_folder_of(checkpoints, manifest.step))
         folder = store.commit(partial, manifest, hashed=hashed)
         self._faults.fire("clean", manifest.step)
-        store.prune(checkpoints, keep=self._keep, keep_every=self._keep_every)
+        keep = self._retention
+        store.prune(checkpoints, keep=keep.keep, keep_every=keep.keep_every, keep_best=keep.keep_best)
         self._journal.write(
             EventKind.CHECKPOINT_SAVED,
             step=manifest.step,

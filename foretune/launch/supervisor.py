@@ -249,8 +249,7 @@ class _Supervisor:
         persister = Persister(
             self.run,
             memories=memories,
-            keep=self.config.checkpoint.keep,
-            keep_every=self.config.checkpoint.keep_every,
+            retention=self.config.checkpoint,
             journal=self.journal,
             faults=Faults(self.faults, rank=SUPERVISOR),
         )

@@ -50,7 +50,7 @@ def prove(
         raise UserError("--only", ", ".join(only), "names no cell", f"for example --only {cells[0].fault}")
     folder = expanded("--out", out)
     return proving.prove(
-        _maker(config, folder, nproc=nproc, seed=seed, steps=proving.STEPS, every=proving.EVERY),
+        run_maker(config, folder, nproc=nproc, seed=seed, steps=proving.STEPS, every=proving.EVERY),
         chosen,
         out=folder,
         seed=seed,
@@ -75,21 +75,26 @@ def soak(
     from foretune.proving.cells import Layout
 
     folder = expanded("--out", out)
-    maker = _maker(config, folder, nproc=nproc, seed=seed, steps=20 * proving.STEPS, every=2 * proving.EVERY)
+    maker = run_maker(config, folder, nproc=nproc, seed=seed, steps=20 * proving.STEPS, every=2 * proving.EVERY)
     return proving.soak(maker, out=folder, layout=Layout(stage), minutes=minutes, seed=seed, on_progress=on_progress)
 
 
-def _maker(
+def run_maker(
     config: Config | None, folder: Path, *, nproc: int, seed: int, steps: int, every: int
 ) -> Callable[[Layout, Path], tuple[RunFolder, Plan, Config]]:
-    """Makes the planned run of a layout."""
+    """Makes the planned run of a layout: of `config`, or of a tiny model on sums."""
     from foretune.proving.subject import write_subject
 
     hide_progress_bars()
     if config is None:
         model, data = write_subject(folder / "subject")
         values: dict[str, Any] = {"model": str(model), "data": {"sources": [{"path": str(data)}], "num_proc": 1}}
-        values["train"] = {"learning_rate": 1e-2, "max_length": 64, "global_batch_size": 16, "dropout": "model"}
+        values["train"] = {
+            "learning_rate": 1e-2,
+            "max_length": 64,
+            "global_batch_size": 16,
+            "dropout": "model",
+        }
         values["plan"] = {"micro_batch_size_per_gpu": 4}
     else:
         values = config.model_dump(mode="json", exclude_defaults=True)

@@ -207,6 +207,7 @@ class _Road:
             found = store.newest_complete(self.run.checkpoints)
             assert found is not None, "training ended well and left no checkpoint"
             self._compare_with(plan, began)
+            self._tell_best(found[1].step)
             loss = self.loss()
             done(f"{found[1].step} steps" + ("" if loss is None else f" · loss {loss_text(loss)}"))
         return found[0]
@@ -331,6 +332,15 @@ class _Road:
     def _newest_manifest(self) -> Checkpoint | None:
         steps = layout.complete_steps(self.run.checkpoints)
         return _read(Checkpoint, layout.folder_of(self.run.checkpoints, steps[0])) if steps else None
+
+    def _tell_best(self, last: int) -> None:
+        """Say where an earlier checkpoint has less held-out loss than the last one (`checkpoint.keep_best`)."""
+        best = store.best_step(self.run.checkpoints) if self.config.checkpoint.keep_best else None
+        if best is not None and best[0] != last:
+            message = f"the least held-out loss, {loss_text(best[1])}, was that of step {best[0]}, which is kept"
+            self.tell(
+                EventKind.NOTE, message=f"{message}: foretune export {self.run.path} --step {best[0]} --to FOLDER"
+            )
 
     def _compare_with(self, plan: Plan, began: int) -> None:
         """Tell what the plan predicted against what this launch measured (journal from byte `began` on)."""

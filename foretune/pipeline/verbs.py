@@ -148,10 +148,14 @@ def evaluate(
     data: str | None = None,
     *,
     tasks: Sequence[str] = (),
+    step: int | None = None,
     trust_remote_code: bool = False,
     on_progress: Callable[[str], None] = lambda message: None,
 ) -> EvaluationReport:
-    """Loss and perplexity: of a run, base against tuned, on its held-out documents or `data`; of a model, on `data`."""
+    """Loss and perplexity: of a run, base against tuned, on its held-out documents or `data`; of a model, on `data`.
+
+    `step`: of a run's checkpoint; the newest if not given.
+    """
     path = expanded("RUN", what)
     data = data if data is None else str(expanded("--data", data))
     if RunFolder.is_run(path):
@@ -162,7 +166,11 @@ def evaluate(
         hide_progress_bars()
         config = load_config(folder.config)
         tasks = list(tasks) or config.evaluate.tasks
-        return evaluate_run(folder, config, data=data, tasks=tasks, on_progress=on_progress)
+        return evaluate_run(folder, config, data=data, tasks=tasks, step=step, on_progress=on_progress)
+    if step is not None:
+        raise UserError(
+            "--step", step, "names a checkpoint, and a model has none", "leave it out, or give a run folder"
+        )
     if data is None:
         raise UserError("--data", None, "is required to evaluate a model", "give a file of examples: --data FILE")
     model = _model_folder(str(what), trust_remote_code=trust_remote_code)

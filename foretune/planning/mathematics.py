@@ -11,6 +11,7 @@ from math import ceil
 from typing import Any
 
 from foretune.artifacts import Cluster, Decision, PreparedDataset
+from foretune.checkpoint.interval import SAVING_SHARE
 from foretune.config import Config
 from foretune.errors import UserError
 from foretune.model.shape import ModelShape
@@ -23,8 +24,6 @@ STEPS_PER_EPOCH_AIM = 100
 MOST_ROWS = 64
 FEWEST_DOCUMENTS = 8
 
-#: Of the training time, what saving checkpoints may take.
-SAVING_SHARE = 0.05
 #: A checkpoint is written, synced and hashed at about this rate (measured: 0.1 to 0.4 GB/s on virtual disks).
 SAVING_BYTES_PER_SECOND = 0.3e9
 
@@ -229,16 +228,18 @@ def warmup_steps_of(config: Config, total_steps: int) -> int:
 def choose_checkpoint_every(
     config: Config, total_steps: int, *, step_seconds: float, checkpoint_bytes: int
 ) -> Decision:
-    """A bound on lost work, as far as it is worth its price.
+    """A bound on lost work, as far as it is worth its price; training adapts it to what its saves and failures cost.
 
-    A tenth of the run or 15 minutes, whichever comes first, but never so often that saving takes more than
-    `SAVING_SHARE` of the time. (A 0.5B model's 8 GB, saved every third step of 0.3 s, took 99 % of a run on an H100.)
+    A tenth of the run or `checkpoint.max_lost_minutes`, whichever comes first, but never so often that saving takes
+    more than `SAVING_SHARE` of the time. (A 0.5B model's 8 GB, saved every third step of 0.3 s, took 99 % of a run on
+    an H100.)
     """
     asked, field = config.checkpoint.every, "checkpoint.every"
     if asked != "auto":
         return decide(field, asked, "as set", pinned=True)
     step_seconds = max(step_seconds, 1e-6)
-    by_loss = max(1, min(ceil(total_steps / 10), int(15 * 60 / step_seconds)))
+    minutes = config.checkpoint.max_lost_minutes
+    by_loss = max(1, min(ceil(total_steps / 10), int(minutes * 60 / step_seconds)))
     save_seconds = checkpoint_bytes / SAVING_BYTES_PER_SECOND
     by_price = ceil(save_seconds / (SAVING_SHARE * step_seconds))
     every = min(total_steps, max(by_loss, by_price))
@@ -249,5 +250,7 @@ def choose_checkpoint_every(
         limit = f"is to take {SAVING_SHARE:.0%} of the time at most"
         return decide(field, every, f"{why}, and {limit}: up to {bound} of work can be lost")
     return decide(
-        field, every, f"a tenth of the run or 15 minutes, whichever is less: at most {bound} of work can be lost"
+        field,
+        every,
+        f"a tenth of the run or {minutes:g} minutes, whichever is less: at most {bound} of work can be lost",
     )

@@ -125,7 +125,7 @@ def make_plan(
         ),
         decisions=[*mathematics, *how, *kernels, every, *snapshot, *pace, *notes],
         predicted=prediction(
-            work, best, cluster, tokens=tokens_of_step, total_steps=total, keep=config.checkpoint.keep, data=data
+            work, best, cluster, tokens=tokens_of_step, total_steps=total, keep=_kept(config), data=data
         ),
         rejected=explain.rejected_families(work, cluster, layout.candidates, best, tokens=tokens_of_step),
         arithmetic=derivations(search.work_for(work, chosen), chosen, cluster),
@@ -255,6 +255,11 @@ def workload(
         document_length=data.document_length,
         packing=packing,
     )
+
+
+def _kept(config: Config) -> int:
+    """Checkpoints on disk at a time; those of `checkpoint.keep_every` come on top."""
+    return config.checkpoint.keep + config.checkpoint.keep_best
 
 
 def prediction(

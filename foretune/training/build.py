@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,8 +25,13 @@ from foretune.training.assignment import Assignment
 from foretune.training.hooks import AccountingHook, JournalHook
 from foretune.training.kernels import CompileHook, apply_attention, may_compile
 from foretune.training.loop import Hook
-from foretune.training.probes import ISOLATION_TOLERANCE, isolation_error, write_reference_logits
+from foretune.training.pace import SavePace
+from foretune.training.probes import ISOLATION_TOLERANCE, held_out_loss, isolation_error, write_reference_logits
 from foretune.training.saving import CheckpointHook
+
+#: Of the time between two planned saves, what measuring the held-out loss may take; and rows that are kept for it.
+_HELD_OUT_SHARE = 0.02
+_MOST_HELD_OUT_ROWS = 512
 
 
 def build_engine(assignment: Assignment, device: torch.device) -> tuple[DeepSpeedEngine, Any]:
@@ -98,7 +105,24 @@ def build_loader(assignment: Assignment, engine: Engine) -> Loader:
     return open_as(packing=False)
 
 
-def build_hooks(assignment: Assignment, engine: Engine, model: Any, loader: Loader) -> list[Hook]:
+def build_pace(assignment: Assignment, *, step: int) -> SavePace | None:
+    """What decides when to save, on rank 0; it goes on from `step`."""
+    if assignment.journal is None:
+        return None
+    wanted = assignment.config.checkpoint
+    return SavePace(
+        assignment.journal,
+        step=step,
+        every=assignment.plan.checkpoint_every,
+        pinned=wanted.every != "auto",
+        total_steps=assignment.plan.total_steps,
+        max_lost_seconds=60 * wanted.max_lost_minutes,
+    )
+
+
+def build_hooks(
+    assignment: Assignment, engine: Engine, model: Any, loader: Loader, *, pace: SavePace | None
+) -> list[Hook]:
     """What is called after each step, in this order: journal, accounts, checkpoint."""
     run, plan = assignment.run, assignment.plan
 
@@ -119,6 +143,8 @@ def build_hooks(assignment: Assignment, engine: Engine, model: Any, loader: Load
         faults=assignment.faults,
         write_extras=write_extras,
         write_final=lambda folder: write_reference_logits(engine, loader, folder / layout.REFERENCE),
+        measure=_held_out_measure(assignment, engine, loader),
+        on_save=lambda step: None if pace is None else pace.saved(step),
     )
     hooks: list[Hook] = [AccountingHook(), checkpoint]
     if assignment.journal is not None:
@@ -126,3 +152,22 @@ def build_hooks(assignment: Assignment, engine: Engine, model: Any, loader: Load
         if plan.compile_layers:
             hooks.append(CompileHook(assignment.journal))
     return hooks
+
+
+def _held_out_measure(assignment: Assignment, engine: Engine, loader: Loader) -> Callable[[], tuple[float, int]] | None:
+    """What measures the held-out loss at each save, where the best checkpoint is to be kept.
+
+    On so many rows that it takes `_HELD_OUT_SHARE` of the time between two planned saves: a forward pass is a third of
+    a row's training. The number follows from the plan alone, so that all losses of a run are of the same rows.
+    """
+    if not assignment.config.checkpoint.keep_best:
+        return None
+    plan, available = assignment.plan, loader.validation_rows
+    rows = math.ceil(3 * _HELD_OUT_SHARE * plan.checkpoint_every * plan.global_batch_size)
+    rows = min(available, _MOST_HELD_OUT_ROWS, max(rows, plan.world_size * plan.micro_batch_size_per_gpu))
+    if rows == 0:
+        assignment.tell(EventKind.NOTE, message="the best checkpoint can't be told: no documents were held out")
+        return None
+    assignment.tell(EventKind.NOTE, message=f"each save measures the loss of {rows} of {available} held-out rows")
+    batches = loader.validation(rows)
+    return lambda: held_out_loss(engine, batches)

@@ -3,7 +3,7 @@
 for each step:  batch = loader.step(step)                 a pure function of the step number
                 for each micro-batch: forward, backward
                 engine.step(learning rate)                reduce, clip, update
-                one reduction tells every rank the loss and whether to stop
+                one reduction tells every rank the loss, whether to stop and whether to save
                 is the loss finite, and no spike?         else the supervisor goes back and passes this data over
                 hooks                                     journal, checkpoint
 """
@@ -40,6 +40,7 @@ class StepReport:
     seconds: float
     seconds_by_phase: dict[str, float]
     stop: bool  # some rank was asked to stop
+    save: bool = False  # some rank says that a checkpoint is due
 
 
 class Hook(Protocol):
@@ -57,6 +58,7 @@ def train(
     learning_rate: Callable[[int], float],
     hooks: list[Hook],
     stop_requested: Callable[[], bool] = lambda: False,
+    save_due: Callable[[int], bool] = lambda step: False,
     enter: Callable[[str, int], None] = lambda phase, step: None,
     passed_over: Container[int] = (),
     spike: float = 0.0,
@@ -67,6 +69,7 @@ def train(
     Args:
         learning_rate: of a step number.
         stop_requested: asked after every step; one rank that says yes stops all, after the same step.
+        save_due: asked after every step (counted from 1); where one rank says yes, all save.
         enter: told the phase and the steps done whenever a phase begins (heartbeat).
         passed_over: steps whose data is not trained on.
         spike: robust z-score above which a loss is a fault; 0 is off.
@@ -103,8 +106,8 @@ def train(
         enter("step", state.step)
         with clock.device("step"):
             result = engine.step(rate)
-        total_nll, stop = engine.sum_over_ranks([nll, float(stop_requested())])
         number = state.step
+        total_nll, stop, save = engine.sum_over_ranks([nll, float(stop_requested()), float(save_due(number + 1))])
         state.step += 1
         state.tokens += batch.tokens
         state.target_tokens += batch.target_tokens
@@ -122,6 +125,7 @@ def train(
             seconds=seconds,
             seconds_by_phase=clock.take(),
             stop=stop > 0,
+            save=save > 0,
         )
         check_loss(report, state, spike=spike, skips_overflow=skips_overflow)
         _pass_over(state, passed_over)

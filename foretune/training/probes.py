@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from foretune.artifacts import IGNORE_INDEX
 from foretune.data import Loader, MicroBatch
 from foretune.engine import Engine
-from foretune.training.objective import to_device
+from foretune.training.objective import negative_log_likelihood, to_device
 
 #: A document that sees its neighbour is wrong by 1-6 nats on its first tokens; these bound rounding alone.
 ISOLATION_TOLERANCE = {"fp32": 5e-4, "bf16": 5e-2, "fp16": 2e-2}
@@ -47,6 +47,23 @@ def isolation_error(engine: Engine, loader: Loader) -> float | None:
             alone += _plain_nll(engine, tokens, document_labels).cpu()
     engine.module.train()
     return abs(packed_nll - float(alone)) / targets
+
+
+def held_out_loss(engine: Engine, batches: list[MicroBatch]) -> tuple[float, int]:
+    """The mean loss over all ranks' held-out micro-batches (nats per target token), and how many targets they hold.
+
+    No random number is drawn and no gradient is kept: training goes on as if it had not been asked.
+    """
+    was_training = engine.module.training
+    engine.module.eval()
+    nll = torch.zeros((), dtype=torch.float64, device=engine.device)
+    with torch.no_grad():
+        for batch in batches:
+            nll += negative_log_likelihood(engine, to_device(batch, engine.device))
+    engine.module.train(was_training)
+    targets = sum(int((batch.shift_labels != IGNORE_INDEX).sum()) for batch in batches)
+    total, count = engine.sum_over_ranks([nll, float(targets)])
+    return total / count, int(count)
 
 
 def write_reference_logits(engine: Engine, loader: Loader, path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Saving: when, and how a rank hands its state over.
+"""Saving: how a rank hands its state over. When: `foretune.training.pace`.
 
 with memory   engine ─▶ `MemoryWriter` ─▶ index of each rank ─▶ barrier ─▶ ready.json ─▶ the supervisor writes; we go on
 without       engine ─▶ `FolderWriter` ─▶ barrier ─▶ rank 0 commits
@@ -7,6 +7,7 @@ without       engine ─▶ `FolderWriter` ─▶ barrier ─▶ rank 0 commits
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -25,7 +26,7 @@ _POLL_SECONDS = 0.005
 
 
 class CheckpointHook:
-    """Saves every so many steps, at the last one, and when training was asked to stop. Runs on every rank."""
+    """Saves when it is due, at the last step, and when training was asked to stop. Runs on every rank."""
 
     def __init__(
         self,
@@ -42,33 +43,45 @@ class CheckpointHook:
         faults: Faults = NO_FAULTS,
         write_extras: Callable[[Path], None] = lambda folder: None,
         write_final: Callable[[Path], None] = lambda folder: None,
+        measure: Callable[[], tuple[float, int]] | None = None,
+        on_save: Callable[[int], None] = lambda step: None,
     ) -> None:
-        """`write_extras` adds files to every checkpoint, `write_final` to those that end a training; on every rank."""
+        """Called on every rank:
+
+        Args:
+            write_extras: adds files to every checkpoint.
+            write_final: adds files to those that an export is made of: the last one and, with `keep_best`, any.
+            measure: the held-out loss (nats per target token) and over how many targets; None measures nothing.
+            on_save: told the step after each save.
+        """
         self._engine, self._run, self._plan, self._config = engine, run, plan, config
         self._fingerprint, self._journal = fingerprint, journal
         self._memory, self._local_rank = memory, local_rank
         self._enter, self._faults = enter, faults
         self._write_extras, self._write_final = write_extras, write_final
+        self._measure, self._on_save = measure, on_save
 
     def after_step(self, report: StepReport, state: TrainState) -> None:
         last = state.step >= self._plan.total_steps
-        if last or report.stop or report.step % self._plan.checkpoint_every == 0:
+        if last or report.stop or report.save:
             self._enter("save", state.step)
-            self.save(state, final=last or report.stop)
+            self.save(state, final=last or report.stop or self._measure is not None)
+            self._on_save(report.step)
 
     def save(self, state: TrainState, *, final: bool) -> None:
         """Hand everything over; on return training may go on."""
         start = time.perf_counter()
+        manifest = self._manifest(state, self._held_out_loss(state))
         if self._memory is not None:
-            self._into_memory(self._memory, state, final=final, start=start)
+            self._into_memory(self._memory, manifest, final=final, start=start)
         else:
-            self._onto_disk(state, final=final, start=start)
+            self._onto_disk(manifest, final=final, start=start)
         phases = dict(state.seconds_by_phase or {})
         phases["checkpoint"] = phases.get("checkpoint", 0.0) + time.perf_counter() - start
         state.seconds_by_phase = phases
         self._faults.fire("saved", state.step)
 
-    def _into_memory(self, memory: MemoryWriter, state: TrainState, *, final: bool, start: float) -> None:
+    def _into_memory(self, memory: MemoryWriter, manifest: Checkpoint, *, final: bool, start: float) -> None:
         engine, saving = self._engine, self._run.saving
         ready = saving / layout.READY
         if engine.rank == 0:
@@ -78,7 +91,7 @@ class CheckpointHook:
         engine.barrier()
         memory.begin()
         engine.save(memory)
-        self._faults.fire("save", state.step)
+        self._faults.fire("save", manifest.step)
         memory(layout.rank_file(engine.rank), random_state())
         self._write_extras(saving / layout.EXTRAS)
         if final:
@@ -88,33 +101,34 @@ class CheckpointHook:
         engine.barrier()
         if engine.rank == 0:
             values = {
-                "manifest": self._manifest(state).model_dump(mode="json"),
+                "manifest": manifest.model_dump(mode="json"),
                 "blocked_seconds": round(time.perf_counter() - start, 4),
             }
             write_atomically(ready, json.dumps(values))
 
-    def _onto_disk(self, state: TrainState, *, final: bool, start: float) -> None:
+    def _onto_disk(self, manifest: Checkpoint, *, final: bool, start: float) -> None:
         engine, checkpoints = self._engine, self._run.checkpoints
-        partial = layout.partial_folder_of(checkpoints, state.step)
+        partial = layout.partial_folder_of(checkpoints, manifest.step)
         if engine.rank == 0:
-            store.prepare_partial(checkpoints, state.step)
+            store.prepare_partial(checkpoints, manifest.step)
         engine.barrier()
         write = FolderWriter(partial)
         engine.save(write)
-        self._faults.fire("save", state.step)
+        self._faults.fire("save", manifest.step)
         write(layout.rank_file(engine.rank), random_state())
         self._write_extras(partial)
         if final:
             self._write_final(partial)
         engine.barrier()
         if engine.rank == 0:
-            folder = store.commit(partial, self._manifest(state))
-            store.prune(checkpoints, keep=self._config.keep, keep_every=self._config.keep_every)
+            folder = store.commit(partial, manifest)
+            keep = self._config
+            store.prune(checkpoints, keep=keep.keep, keep_every=keep.keep_every, keep_best=keep.keep_best)
             seconds = round(time.perf_counter() - start, 3)
             if self._journal is not None:
                 self._journal.write(
                     EventKind.CHECKPOINT_SAVED,
-                    step=state.step,
+                    step=manifest.step,
                     path=str(folder),
                     seconds=seconds,
                     blocked_seconds=seconds,
@@ -122,7 +136,19 @@ class CheckpointHook:
                 )
         engine.barrier()
 
-    def _manifest(self, state: TrainState) -> Checkpoint:
+    def _held_out_loss(self, state: TrainState) -> float | None:
+        """Measure it, if it is wanted, and tell the journal."""
+        if self._measure is None:
+            return None
+        loss, targets = self._measure()
+        if self._journal is not None:
+            perplexity = math.exp(min(loss, 700.0))
+            self._journal.write(
+                EventKind.EVALUATED, step=state.step, loss=loss, perplexity=perplexity, target_tokens=targets
+            )
+        return loss
+
+    def _manifest(self, state: TrainState, held_out_loss: float | None) -> Checkpoint:
         return Checkpoint(
             step=state.step,
             world_size=self._engine.world_size,
@@ -132,4 +158,5 @@ class CheckpointHook:
             fingerprint=self._fingerprint,
             train_state=state.state_dict(),
             files={},
+            held_out_loss=held_out_loss,
         )

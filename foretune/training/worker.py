@@ -103,7 +103,8 @@ def _train(run: RunFolder, rank: RankInfo, heartbeat: Heartbeat, options: argpar
     state, resumed_from = resume(assignment, engine)
     if assignment.faults.armed:
         FaultyEngine.arm(engine, assignment.faults, state)
-    hooks = build.build_hooks(assignment, engine, model, loader)
+    pace = build.build_pace(assignment, step=state.step)
+    hooks = build.build_hooks(assignment, engine, model, loader, pace=pace)
     assignment.tell(
         EventKind.TRAINING_STARTED,
         step=state.step,
@@ -126,6 +127,7 @@ def _train(run: RunFolder, rank: RankInfo, heartbeat: Heartbeat, options: argpar
         ),
         hooks=hooks,
         stop_requested=lambda: rank.is_main and run.stop_request.exists(),
+        save_due=lambda step: pace is not None and pace.due(step),
         enter=assignment.enter,
         passed_over=assignment.passed_over,
         spike=assignment.config.recover.loss_spike,

@@ -6,10 +6,10 @@ import pytest
 
 from foretune.artifacts import Checkpoint
 from foretune.checkpoint import layout, store
-from foretune.errors import VerificationFailed
+from foretune.errors import UserError, VerificationFailed
 
 
-def write(checkpoints: Path, step: int, content: bytes = b"weights") -> Path:
+def write(checkpoints: Path, step: int, content: bytes = b"weights", *, held_out_loss: float | None = None) -> Path:
     partial = store.prepare_partial(checkpoints, step)
     (partial / "engine").mkdir()
     (partial / "engine" / "model.pt").write_bytes(content)
@@ -23,6 +23,7 @@ def write(checkpoints: Path, step: int, content: bytes = b"weights") -> Path:
         fingerprint="f",
         train_state={},
         files={},
+        held_out_loss=held_out_loss,
     )
     return store.commit(partial, manifest)
 
@@ -77,6 +78,38 @@ def test_prune_keeps_the_newest_and_sweeps_what_crashes_left(tmp_path: Path) -> 
     store.prune(tmp_path, keep=2)
     assert layout.complete_steps(tmp_path) == [4, 3]
     assert not list(tmp_path.glob(".*partial"))
+
+
+def test_prune_keeps_the_best_by_held_out_loss_too(tmp_path: Path) -> None:
+    losses = {1: 3.0, 2: 1.5, 3: 1.7, 4: None, 5: 1.6, 6: 1.9}
+    for step, loss in losses.items():
+        write(tmp_path, step, held_out_loss=loss)
+        store.prune(tmp_path, keep=2, keep_every=3, keep_best=True)
+    assert layout.complete_steps(tmp_path) == [6, 5, 3, 2]
+    assert store.best_step(tmp_path) == (2, 1.5)
+    damage(layout.folder_of(tmp_path, 2), "torn manifest")
+    assert store.best_step(tmp_path) == (5, 1.6)
+
+
+def test_of_equally_good_ones_the_newer_is_the_best(tmp_path: Path) -> None:
+    for step in (1, 2, 3):
+        write(tmp_path, step, held_out_loss=1.5)
+    assert store.best_step(tmp_path) == (3, 1.5)
+    assert store.best_step(tmp_path / "nothing") is None
+
+
+def test_a_checkpoint_is_chosen_by_its_step(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no complete checkpoint"):
+        store.choose(tmp_path)
+    first, second = write(tmp_path, 1), write(tmp_path, 2)
+    assert store.choose(tmp_path)[0] == second
+    assert store.choose(tmp_path, 1)[0] == first
+    with pytest.raises(UserError, match="there are: 2, 1"):
+        store.choose(tmp_path, 7)
+    damage(first, "flipped bit")
+    damage(second, "flipped bit")
+    with pytest.raises(VerificationFailed, match="no checkpoint"):
+        store.choose(tmp_path)
 
 
 def test_a_step_saved_again_replaces_the_first(tmp_path: Path) -> None:

@@ -4,8 +4,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from foretune.checkpoint.interval import SAVING_SHARE
 from foretune.config import parse_config
-from foretune.planning.mathematics import SAVING_BYTES_PER_SECOND, SAVING_SHARE, choose_checkpoint_every
+from foretune.planning.mathematics import SAVING_BYTES_PER_SECOND, choose_checkpoint_every
 
 CONFIG = parse_config({"model": "m", "data": "d"})
 
