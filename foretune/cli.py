@@ -471,6 +471,7 @@ def _travel(
                 evaluation=result.evaluation,
                 seconds_by_phase=result.seconds_by_phase,
                 predicted_against_measured=result.predicted_against_measured,
+                account=result.account,
                 width=width,
             )
         )

@@ -28,6 +28,7 @@ class EventKind(StrEnum):
     STAGE_FINISHED = "stage_finished"  # stage, seconds, summary (one line for people)
     PROGRESS = "progress"  # stage, message: what a stage is doing now
     NOTE = "note"  # message: something the user should know
+    LAUNCH = "launch"  # ranks: they are being started
     TRAINING_STARTED = "training_started"  # step, total_steps, world_size, resumed_from
     #: step, loss, learning_rate, grad_norm, tokens, target_tokens, seconds, tokens_per_second,
     #: memory_bytes (rank 0's peak)

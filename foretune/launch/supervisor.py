@@ -136,6 +136,7 @@ class _Supervisor:
             path.unlink()
         # A crash within a save: its snapshot is not whole. One that is whole has been written by now.
         _fresh(run.saving)
+        self._tell(EventKind.LAUNCH, ranks=self.plan.world_size)
         agent = self.agents.living(run.path, log=log, environment=_environment(self.plan))
         killed = oom_kills()
         health = Health(run, ranks=self.plan.world_size, hang_seconds=_seconds(self.config.recover.hang_seconds))

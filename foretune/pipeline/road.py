@@ -34,6 +34,7 @@ from foretune.events import EventKind, Journal, read_events
 from foretune.model.source import resolve_model
 from foretune.pipeline.first_look import look_at_model
 from foretune.pipeline.folder import calibration_file, default_out, expanded, opened, resolved, settle
+from foretune.reporting.goodput import Goodput, goodput
 from foretune.reporting.tables import evaluation_summary, plan_summary, prepared_summary
 from foretune.reporting.units import bytes_text, loss_text, plural
 
@@ -71,6 +72,7 @@ class RunResult:
     exported: tuple[ExportedModel, ...] = ()
     seconds_by_phase: Mapping[str, float] | None = None
     predicted_against_measured: Mapping[str, Mapping[str, float]] | None = None
+    account: Goodput | None = None
 
     def as_json(self) -> dict[str, Any]:
         """Plain JSON values; None for what the road did not come to."""
@@ -84,6 +86,7 @@ class RunResult:
             "exported": [model.model_dump(mode="json") for model in self.exported],
             "seconds_by_phase": self.seconds_by_phase,
             "predicted_against_measured": self.predicted_against_measured,
+            "account": self.account and self.account.as_json(),
         }
 
 
@@ -249,15 +252,16 @@ class _Road:
         losses = [event["loss"] for event in read_events(self.run.events) if event["kind"] == EventKind.STEP]
         return float(losses[-1]) if losses else None
 
-    def account(self) -> tuple[dict[str, float] | None, dict[str, dict[str, float]] | None]:
-        """Where the time went, and predicted against measured, as the journal last told them."""
+    def account(self) -> tuple[dict[str, float] | None, dict[str, dict[str, float]] | None, Goodput]:
+        """Where the time went, and predicted against measured, as the journal last told them; and goodput."""
         phases, compared = None, None
-        for event in read_events(self.run.events):
+        events = list(read_events(self.run.events))
+        for event in events:
             if event["kind"] == EventKind.BREAKDOWN:
                 phases = event["seconds_by_phase"]
             elif event["kind"] == EventKind.PREDICTED_AGAINST_MEASURED:
                 compared = event["quantities"]
-        return phases, compared
+        return phases, compared, goodput(events)
 
     def _progress_of(self, name: StageName) -> Callable[[str], None]:
         return lambda message: self.tell(EventKind.PROGRESS, stage=name, message=message)

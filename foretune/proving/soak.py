@@ -15,6 +15,7 @@ from foretune.proving.digest import losses_digest, state_digest
 from foretune.proving.killer import kill_rank
 from foretune.proving.prove import MakeRun, Progress, Prover, surroundings
 from foretune.proving.verdict import SoakVerdict
+from foretune.reporting.goodput import Goodput, goodput
 
 #: Mean time between the first step after a start and the next kill, seconds.
 _MEAN_SECONDS = 0.8
@@ -37,7 +38,7 @@ def soak(
     start = time.perf_counter()
     chance = random.Random(seed)
     kills = runs = wrong = 0
-    useful = lost_steps = saving = 0.0
+    account = Goodput()
     with Prover(make_run, out=out, seed=seed, on_progress=on_progress) as prover:
         reference = prover.reference(layout)
         begin = time.perf_counter()
@@ -53,40 +54,20 @@ def soak(
             assert found is not None
             right = state_digest(found[0]) == reference.state and losses_digest(run) == reference.losses
             kills, runs, wrong = kills + striker.kills, runs + 1, wrong + (not right)
-            counted, repeated, saved = _times(run)
-            useful, lost_steps, saving = useful + counted, lost_steps + repeated, saving + saved
+            account += goodput(read_events(run.events))
             on_progress(f"run {runs}: {striker.kills} kills, {'equal' if right else 'NOT equal'}; {kills} kills so far")
-        wall = time.perf_counter() - begin
     verdict = SoakVerdict(
         **surroundings(),
         seed=seed,
         kills=kills,
         runs=runs,
         wrong=wrong,
-        goodput=round(useful / wall, 4),
-        seconds_lost={
-            "repeated steps": round(lost_steps, 1),
-            "saving": round(saving, 1),
-            "starting again": round(wall - useful - lost_steps - saving, 1),
-        },
+        **account.as_json(),
         seconds=round(time.perf_counter() - start, 1),
         passed=wrong == 0,
     )
     verdict.write(out / SoakVerdict.file_name)
     return verdict
-
-
-def _times(run: RunFolder) -> tuple[float, float, float]:
-    """Seconds of steps that counted, of steps that were done again, and that saving held training up."""
-    by_step: dict[int, list[float]] = {}
-    blocked = 0.0
-    for event in read_events(run.events):
-        if event["kind"] == EventKind.STEP:
-            by_step.setdefault(event["step"], []).append(event["seconds"])
-        elif event["kind"] == EventKind.CHECKPOINT_SAVED:
-            blocked += event["blocked_seconds"]
-    counted = sum(seconds[-1] for seconds in by_step.values())
-    return counted, sum(sum(seconds[:-1]) for seconds in by_step.values()), blocked
 
 
 class _Striker(threading.Thread):

@@ -60,8 +60,8 @@ class SoakVerdict(Artifact):
     Attributes:
         kills: SIGKILLs that hit a living rank.
         runs: trainings that were finished meanwhile; `wrong`: those that did not end in the reference's bits.
-        goodput: time of steps that counted over wall time.
-        seconds_lost: by cause: repeated steps, starting again, saving.
+        goodput: time of steps that counted (`useful_seconds`) over the wall time of the trainings.
+        seconds_lost: the rest, by cause (`foretune.reporting.goodput`).
     """
 
     file_name: ClassVar[str] = "soak.json"
@@ -73,6 +73,7 @@ class SoakVerdict(Artifact):
     runs: int
     wrong: int
     goodput: float
+    useful_seconds: float
     seconds_lost: dict[str, float]
     seconds: float
     passed: bool

@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from foretune.artifacts import EvaluationReport, ExportedModel
+from foretune.reporting.goodput import Goodput, goodput_view
 from foretune.reporting.tables import breakdown_view, evaluation_view, predicted_view
 from foretune.reporting.units import printable
 
@@ -22,12 +23,18 @@ def run_view(
     evaluation: EvaluationReport | None,
     seconds_by_phase: Mapping[str, float] | None,
     predicted_against_measured: Mapping[str, Mapping[str, float]] | None,
+    account: Goodput | None,
     width: int,
 ) -> list[RenderableType]:
-    """The end of a run: where the time went, predicted against measured, base against tuned, where everything is."""
+    """The end of a run: where the time went, predicted against measured, base against tuned, where everything is.
+
+    What failures cost is shown where there were some.
+    """
     parts: list[RenderableType] = []
     if seconds_by_phase:
         parts += ["", "[bold]where the time went[/]", breakdown_view(seconds_by_phase, width=width)]
+    if account is not None and account.faults:
+        parts += ["", "[bold]what failures cost[/]", *goodput_view(account)]
     if predicted_against_measured:
         parts += ["", "[bold]predicted against measured[/]", predicted_view(predicted_against_measured)]
     if evaluation is not None:
