@@ -11,6 +11,7 @@ with b bytes of a parameter in forward (2 or 4), a of an accumulated gradient, s
     2       bψ           (4+s)ψt/N              aψt/N                the same, but 0.8ψt/N with a=4, b=2
     3       bψ/N         (4+s)ψt/N              aψt/N                4·min(ψt/N, sub-group), 6 with a=2
 
+On CPUs stage 2 keeps whole gradients, as stage 1 does, and reduces them once a step (`reduced_at_step`).
 Offloading moves master, states and gradients to the host. Activations: `activation_bytes_per_token_layer`. A
 checkpointed layer keeps its input only, and recomputes itself in backward, one layer at a time (Chen et al. 2016).
 """
@@ -74,7 +75,7 @@ def phases(work: Workload, strategy: Strategy, cluster: Cluster) -> dict[str, di
     # The layer whose backward runs: recomputed anew, or what it had saved is counted already.
     running = layer if strategy.checkpointed_layers else inside
     shard = shard_of(work, strategy, cluster)
-    gradients, transient = _gradient_bytes(work, strategy, shard, stays)
+    gradients, transient = _gradient_bytes(work, strategy, shard, stays, whole=reduced_at_step(work, strategy, cluster))
     earlier = _gradients_in_forward(work, strategy, gradients)
     head = activations.head_gradient_bytes(work, strategy)
     persistent, passing = buffer_bytes(work, strategy, cluster.world_size)
@@ -129,7 +130,7 @@ def standing_bytes(work: Workload, strategy: Strategy, cluster: Cluster) -> int:
     shard = shard_of(work, strategy, cluster)
     here = replace(strategy, offload_param=False)
     held = work.parameter_bytes * held_parameters(work, here, cluster) + _state_bytes(work, strategy) * shard
-    gradients, _ = _gradient_bytes(work, strategy, shard, 1.0)
+    gradients, _ = _gradient_bytes(work, strategy, shard, 1.0, whole=reduced_at_step(work, strategy, cluster))
     standing = _gradients_in_forward(work, replace(strategy, accumulation_steps=1), gradients)
     if strategy.offload_optimizer:
         standing = offloading_bytes(work, strategy, shard) - strategy.state_bytes(work) * shard
@@ -173,6 +174,15 @@ def sums_apart(work: Workload, strategy: Strategy) -> bool:
     """
     different = work.precision == "bf16" and work.accumulation_dtype == "fp32"
     return strategy.zero_stage == 1 and different and not strategy.offload_optimizer and not strategy.bf16_states
+
+
+def reduced_at_step(work: Workload, strategy: Strategy, cluster: Cluster) -> bool:
+    """Whether ZeRO-2 sums whole gradients on every rank and reduces them once a step: on CPUs, with one format for all.
+
+    `foretune.engine.reduction` does it: between CPU ranks a reduction of every micro-batch takes the computing cores.
+    """
+    on_cpu, one_format = cluster.accelerator.kind == "cpu", work.precision == work.accumulation_dtype
+    return strategy.zero_stage == 2 and on_cpu and one_format
 
 
 def buffer_bytes(work: Workload, strategy: Strategy, ranks: int) -> tuple[int, int]:
@@ -237,7 +247,7 @@ def reduced_at_once(work: Workload, strategy: Strategy, cluster: Cluster) -> int
     return (work.gradient_bytes if apart else work.parameter_bytes) * min(work.trainable, REDUCED_AT_ONCE)
 
 
-def _gradient_bytes(work: Workload, strategy: Strategy, shard: int, stays: float) -> tuple[int, int]:
+def _gradient_bytes(work: Workload, strategy: Strategy, shard: int, stays: float, *, whole: bool) -> tuple[int, int]:
     """Gradients kept on the device, and those that backward has beside them before they are reduced or added."""
     stage, trained = strategy.zero_stage, work.trainable
     b, a = work.parameter_bytes, work.gradient_bytes
@@ -250,6 +260,8 @@ def _gradient_bytes(work: Workload, strategy: Strategy, shard: int, stays: float
         # Summed in another format than they come in, gradients exist in both, and once more while they are added.
         kept = (a + b if a != b else a) * trained
         return kept, b * trained if a != b else b * widest
+    if whole:
+        return b * trained, b * widest
     kept = int(a * shard * stays)
     if stage == 3 and not strategy.offload_optimizer:
         return kept, b * widest

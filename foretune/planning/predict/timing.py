@@ -15,7 +15,7 @@ from math import ceil
 
 from foretune.artifacts import Cluster
 from foretune.planning.predict.activations import activation_bytes_per_token_layer, is_compiled
-from foretune.planning.predict.memory import sums_apart
+from foretune.planning.predict.memory import reduced_at_step, sums_apart
 from foretune.planning.strategy import Strategy, Workload
 
 #: Of the data sheet's peak, what a large 16-bit matmul reaches: 784 of 989 TFLOP/s on an H100 (8192³).
@@ -171,7 +171,7 @@ def _matmul_rate(work: Workload, cluster: Cluster) -> float:
 
 
 def _communication(work: Workload, strategy: Strategy, cluster: Cluster) -> float:
-    """Collectives of one step. Stages 0 and 1 reduce once a step, stages 2 and 3 at every micro-batch."""
+    """Collectives of one step. Stages 0 and 1 (on CPUs 2) reduce once a step, stages 2 and 3 at every micro-batch."""
     ranks = cluster.world_size
     if ranks == 1:
         return 0.0
@@ -183,6 +183,8 @@ def _communication(work: Workload, strategy: Strategy, cluster: Cluster) -> floa
         volume, collectives = 2 * gradients, 1
     elif stage == 1:
         volume, collectives = 2 * gradients + gradients, 2  # all-reduce, then the updated weights are gathered
+    elif reduced_at_step(work, strategy, cluster):
+        volume, collectives = gradients + gradients, 2
     elif stage == 2:
         volume, collectives = steps * gradients + gradients, steps + 1
     else:
