@@ -5,7 +5,8 @@
 Both train the same packed rows of the same prepared data in the same order, 16 rows a step (accumulation 8), fp32,
 AdamW, gradients clipped to 1. The Trainer is one process with a thread per core, which is what it is without a
 launcher; it is given the position ids of the packed rows, so that it isolates documents as ours does. The median step
-counts, after the first. Each contender is a fresh process (ours: two ranks under torchrun).
+counts, after the first. Each contender is a fresh process (ours: two ranks under torchrun); `--rounds` alternates them,
+so that both meet the same neighbours.
 """
 
 from __future__ import annotations
@@ -167,22 +168,32 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--contenders", default="trainer,foretune")
+    parser.add_argument("--rounds", type=int, default=1)
     asked = parser.parse_args()
-    results: dict[str, Any] = {}
+    contenders = asked.contenders.split(",")
+    results: dict[str, list[dict[str, Any]]] = {name: [] for name in contenders}
+    loads = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         spec = {"model": str(asked.model), "data": str(asked.data), "steps": asked.steps, "length": asked.length,
                 "folder": name}  # fmt: skip
         config = load_config(flags={"model": spec["model"], "data": spec["data"]}, settings=settings(spec))
         prepare(config, model_folder=asked.model, out=folder / "data")
-        for contender in asked.contenders.split(","):
-            results[contender] = measure(contender, spec, folder)
-            print(contender, json.dumps(results[contender])[:600], flush=True)
-    ours, theirs = (results.get(who, {}).get("tokens_per_second") for who in ("foretune", "trainer"))
-    ratio = ours / theirs if ours and theirs else None
-    print(f"tokens per second, ours over the Trainer's: {ratio}")
-    save_result("cpu-speed", {"machine": machine(), "model": asked.model.name, "length": asked.length, "rows": ROWS,
-                              "results": results, "foretune_over_trainer": ratio})  # fmt: skip
+        for contender in contenders * asked.rounds:
+            results[contender].append(measure(contender, spec, folder))
+            loads.append(os.getloadavg()[0])
+            print(contender, json.dumps(results[contender][-1])[:600], flush=True)
+    rates = {
+        name: statistics.median(one["tokens_per_second"] for one in rounds)
+        for name, rounds in results.items()
+        if all("tokens_per_second" in one for one in rounds)
+    }
+    ratio = rates["foretune"] / rates["trainer"] if rates.keys() == {"foretune", "trainer"} else None
+    print(f"tokens per second: {rates}; ours over the Trainer's: {ratio}")
+    save_result("cpu-speed", {
+        "machine": machine(), "load_after_each": loads, "model": asked.model.name, "length": asked.length, "rows": ROWS,
+        "results": results, "tokens_per_second": rates, "foretune_over_trainer": ratio,
+    })  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """How fast the loader hands out tokens, alone: an upper bound of what a step can wait for it.
 
-    python bench/loader_speed.py --model SMOLLM2_FOLDER --data gsm8k_train.jsonl [--length 4096] [--rows 32] [--steps 20]
+    python bench/loader_speed.py --model SMOLLM2_FOLDER --data gsm8k_train.jsonl [--length 4096] [--rows 32]
 
 Times the two things that a step asks of the data side, as the loop does: building the rows of a global batch from the
 memory-mapped documents, and handing each micro-batch to the device. One process, one thread. While training, the next

@@ -28,6 +28,7 @@ def build(
     length: int = 32768,
     compiled: bool = True,
     mlp_rows: int = 0,
+    float8: bool = False,
     deepspeed_ratio: float = 0.0,
     streamed_share: float = 0.0,
 ) -> tuple[Any, dict[str, Any]]:
@@ -35,13 +36,14 @@ def build(
 
     Args:
         mlp_rows: rows of a tile of the MLPs; 0 leaves them whole.
+        float8: linear maps of the layers in 8 bits.
         deepspeed_ratio: of the optimizer, for DeepSpeed's own offload in `config`.
     """
     from transformers import AutoModelForCausalLM, Qwen2Config
 
     from foretune.config.schema import TrainConfig
     from foretune.engine import DeepSpeedEngine, build_optimizer
-    from foretune.model import attention, compilation, loading, tiling
+    from foretune.model import attention, compilation, fp8, loading, tiling
     from foretune.model.loss import attach_loss
 
     model_config = Qwen2Config(**shape, max_position_embeddings=length, rope_theta=1e6, use_sliding_window=False)
@@ -52,6 +54,7 @@ def build(
     packed = attention.refusal(model, device=device) is None
     if packed:
         attention.use_packed_attention(model)
+    linears = fp8.float8_linears(model) if float8 else 0
     tiles = tiling.tile_mlps(model, mlp_rows) if mlp_rows else 0
     compiled = compiled and compilation.refusal(device) is None
     attach_loss(model, chunk_tokens=2048, fused=compiled)
@@ -61,5 +64,6 @@ def build(
     engine = DeepSpeedEngine(model, optimizer, config, device=device, streamed_share=streamed_share)
     if compiled:
         compilation.compile_layers(model)
-    facts = {"parameters": parameters, "packed_attention": packed, "compiled": compiled, "tiled_mlps": tiles}
+    facts = {"parameters": parameters, "packed_attention": packed, "compiled": compiled, "tiled_mlps": tiles,
+             "float8_linears": linears}  # fmt: skip
     return engine, facts

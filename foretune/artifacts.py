@@ -236,6 +236,7 @@ class Plan(Artifact):
     loss_chunk_tokens: int  # tokens per piece of the linear cross-entropy; logits never whole
     attention: Literal["packed", "sdpa"] = "sdpa"  # packed: kernels that know where documents end
     compile_layers: bool = False
+    mlp_tile_rows: int = 0  # rows of an MLP that exist at a time; 0: all
     global_batch_size: int
     max_length: int
     packing: bool

@@ -21,6 +21,7 @@ from foretune.model.adapters import add_adapters, save_adapter_config
 from foretune.model.compilation import compile_layers
 from foretune.model.lora import fuse_adapters
 from foretune.model.loss import attach_loss
+from foretune.model.tiling import tile_mlps
 from foretune.training.assignment import Assignment
 from foretune.training.hooks import AccountingHook, JournalHook
 from foretune.training.kernels import CompileHook, apply_attention, may_compile
@@ -62,16 +63,27 @@ def build_engine(assignment: Assignment, device: torch.device) -> tuple[DeepSpee
     compiling = may_compile(assignment, device)
     if plan.method == "lora" and plan.zero_stage < 3 and not compiling:
         fuse_adapters(model)
+    if plan.mlp_tile_rows:
+        tile_mlps(model, plan.mlp_tile_rows)
     attach_loss(model, chunk_tokens=plan.loss_chunk_tokens, fused=compiling)
     if plan.zero_stage < 3:
         model.to(device)
+    # What is offloaded and is no business of DeepSpeed's passes through the device.
+    by_deepspeed = "offload_optimizer" in plan.deepspeed_config.get("zero_optimization", {})
     optimizer = build_optimizer(
         model.parameters(),
         config.train,
         learning_rate=plan.learning_rate,
-        offload_optimizer=plan.offload_optimizer,
+        offload_optimizer=plan.offload_optimizer if by_deepspeed else 0.0,
     )
-    engine = DeepSpeedEngine(model, optimizer, plan.deepspeed_config, device=device, save_frozen=plan.method != "lora")
+    engine = DeepSpeedEngine(
+        model,
+        optimizer,
+        plan.deepspeed_config,
+        device=device,
+        save_frozen=plan.method != "lora",
+        streamed_share=0.0 if by_deepspeed else plan.offload_optimizer,
+    )
     if compiling:
         compile_layers(model)
     # Dropout draws from here on: different on every rank, the same on every start.
