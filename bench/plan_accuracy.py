@@ -170,12 +170,13 @@ def main() -> int:
             break
         result = {"name": case.name, **asdict(case), **_in_fresh_process(case)}
         known["results"].append(result)
+        known["machine"] = result.pop("machine", known.get("machine"))
         print(_line(result), flush=True)
         date = f"{datetime.now(UTC):%Y-%m-%dT%H:%MZ}"
         out.parent.mkdir(parents=True, exist_ok=True)
         values = {
             "date": date,
-            "machine": machine(),
+            "machine": known.get("machine"),
             "summary": _summary(known["results"]),
             "results": known["results"],
         }
@@ -305,7 +306,8 @@ def _run_case(case: Case) -> dict[str, Any]:
             config, plan = _plan_of(case, cluster, Path(name))
         except (NoPlanFits, UserError) as refusal:
             return {"refused": str(refusal)}
-        predicted = {"cluster": json.loads(cluster.model_dump_json()), "predicted": _predicted(plan)}
+        # The parent may not ask: whoever has touched the GPU cannot fork.
+        predicted = {"machine": machine(), "cluster": json.loads(cluster.model_dump_json()), "predicted": _predicted(plan)}
         try:
             return {**predicted, "measured": _measure(plan, config)}
         except Exception as error:
