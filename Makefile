@@ -1,11 +1,12 @@
 # make demo   sets up and runs the main job        make test        sets up and passes every fast-enough test
 # make check  lint, types, import law, unit tests  make test-slow   the demo and other minutes-long tests
+# make prove  every fault in every phase and stage make soak        random kills; both write bench/results
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test check lint unit distributed road test-slow clean
+.PHONY: demo test check lint unit distributed road test-slow prove soak clean
 
 demo: $(READY)
 	$(BIN)/foretune demo
@@ -31,6 +32,12 @@ road: $(READY)
 
 test-slow: $(READY)
 	$(BIN)/pytest tests -m slow
+
+prove: $(READY)
+	$(BIN)/python bench/prove.py
+
+soak: $(READY)
+	$(BIN)/python bench/prove.py --minutes 15
 
 # pip, not another installer: CPU builds of torch are found as pip is set up to find them.
 $(READY): pyproject.toml constraints.txt
