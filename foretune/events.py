@@ -29,7 +29,8 @@ class EventKind(StrEnum):
     PROGRESS = "progress"  # stage, message: what a stage is doing now
     NOTE = "note"  # message: something the user should know
     LAUNCH = "launch"  # ranks: they are being started
-    TRAINING_STARTED = "training_started"  # step, total_steps, world_size, resumed_from
+    #: step, total_steps, world_size, resumed_from, seconds_by_phase (of rank 0's start: engine, data, checkpoint …)
+    TRAINING_STARTED = "training_started"
     #: step, loss, learning_rate, grad_norm, tokens, target_tokens, seconds, tokens_per_second,
     #: memory_bytes (rank 0's peak)
     STEP = "step"

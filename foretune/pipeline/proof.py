@@ -13,6 +13,7 @@ from foretune.pipeline.folder import expanded
 from foretune.pipeline.road import hide_progress_bars, travel
 
 if TYPE_CHECKING:
+    from foretune.launch import Agents
     from foretune.proving import Verdict
     from foretune.proving.cells import Layout
     from foretune.proving.verdict import CellResult, SoakVerdict
@@ -32,6 +33,7 @@ def prove(
     nproc: int = 2,
     seed: int = 0,
     broken: Sequence[str] = (),
+    agents: Agents | None = None,
     on_cell: Callable[[CellResult], None] = lambda result: None,
     on_progress: Callable[[str], None] = lambda message: None,
 ) -> Verdict:
@@ -41,6 +43,7 @@ def prove(
         config: what to train; a tiny model on sums if not given. Its length and its checkpoints are set here.
         only: cells whose name holds one of these words.
         broken: parts of recovery to leave out on purpose: ``random_state``, ``manifest_last``.
+        agents: keeps warm processes from one proof to the next; ended by the caller. Its own if not given.
     """
     from foretune import proving
 
@@ -55,6 +58,7 @@ def prove(
         out=folder,
         seed=seed,
         broken=broken,
+        agents=agents,
         on_cell=on_cell,
         on_progress=on_progress,
     )
@@ -68,15 +72,30 @@ def soak(
     stage: Literal[0, 1, 2, 3] = 2,
     nproc: int = 2,
     seed: int = 0,
+    steps: int = 280,
+    agents: Agents | None = None,
     on_progress: Callable[[str], None] = lambda message: None,
 ) -> SoakVerdict:
-    """Kill random ranks at random times for some minutes, and compare every training that ends meanwhile."""
+    """Kill random ranks at random times for some minutes, and compare every training that ends meanwhile.
+
+    Args:
+        steps: of each training.
+        agents: as for `prove`.
+    """
     from foretune import proving
     from foretune.proving.cells import Layout
 
     folder = expanded("--out", out)
-    maker = run_maker(config, folder, nproc=nproc, seed=seed, steps=20 * proving.STEPS, every=2 * proving.EVERY)
-    return proving.soak(maker, out=folder, layout=Layout(stage), minutes=minutes, seed=seed, on_progress=on_progress)
+    maker = run_maker(config, folder, nproc=nproc, seed=seed, steps=steps, every=2 * proving.EVERY)
+    return proving.soak(
+        maker,
+        out=folder,
+        layout=Layout(stage),
+        minutes=minutes,
+        seed=seed,
+        agents=agents,
+        on_progress=on_progress,
+    )
 
 
 def run_maker(

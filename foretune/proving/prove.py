@@ -70,6 +70,7 @@ def prove(
     out: Path,
     seed: int = 0,
     broken: Sequence[str] = (),
+    agents: launch.Agents | None = None,
     on_cell: Callable[[CellResult], None] = lambda result: None,
     on_progress: Progress = lambda message: None,
 ) -> Verdict:
@@ -77,10 +78,11 @@ def prove(
 
     Args:
         broken: parts of recovery that are left out on purpose, to see that the proof notices.
+        agents: keeps warm processes from one proof to the next; ended by the caller. Its own if not given.
     """
     start = time.perf_counter()
     results = []
-    with Prover(make_run, out=out, seed=seed, broken=broken, on_progress=on_progress) as prover:
+    with Prover(make_run, out=out, seed=seed, broken=broken, agents=agents, on_progress=on_progress) as prover:
         for cell in cells:
             results.append(prover.run_cell(cell))
             on_cell(results[-1])
@@ -119,13 +121,14 @@ class Prover:
         out: Path,
         seed: int,
         broken: Sequence[str] = (),
+        agents: launch.Agents | None = None,
         on_progress: Progress = lambda message: None,
     ) -> None:
         self._make_run, self._out, self._seed = make_run, out, seed
         self._broken, self._say = list(broken), on_progress
         self._templates: dict[Layout, _Template] = {}
         self._references: dict[tuple[Layout, tuple[int, ...]], _Reference] = {}
-        self._agents = launch.Agents()
+        self._agents, self._shared = agents or launch.Agents(), agents is not None
         self._number = 0
         self.model, self.world_size = "", 0
 
@@ -133,7 +136,8 @@ class Prover:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._agents.end()
+        if not self._shared:
+            self._agents.end()
 
     def run_cell(self, cell: Cell) -> CellResult:
         """Break one run and see."""

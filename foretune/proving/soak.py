@@ -10,6 +10,7 @@ from pathlib import Path
 from foretune.artifacts import RunFolder
 from foretune.checkpoint import store
 from foretune.events import EventKind, read_events
+from foretune.launch import Agents
 from foretune.proving.cells import Layout
 from foretune.proving.digest import losses_digest, state_digest
 from foretune.proving.killer import kill_rank
@@ -28,18 +29,20 @@ def soak(
     layout: Layout,
     minutes: float,
     seed: int = 0,
+    agents: Agents | None = None,
     on_progress: Progress = lambda message: None,
 ) -> SoakVerdict:
     """Train the same run again and again for `minutes`, killing random ranks at random times; compare each end.
 
     Args:
         make_run: its configuration must allow as many restarts as there will be.
+        agents: keeps warm processes from one proof to the next; ended by the caller. Its own if not given.
     """
     start = time.perf_counter()
     chance = random.Random(seed)
     kills = runs = wrong = 0
     account = Goodput()
-    with Prover(make_run, out=out, seed=seed, on_progress=on_progress) as prover:
+    with Prover(make_run, out=out, seed=seed, agents=agents, on_progress=on_progress) as prover:
         reference = prover.reference(layout)
         begin = time.perf_counter()
         while time.perf_counter() - begin < 60 * minutes:

@@ -74,11 +74,13 @@ def _train(run: RunFolder, rank: RankInfo, heartbeat: Heartbeat, options: argpar
     from foretune.checkpoint.snapshot import MemoryWriter
     from foretune.engine import close_group, open_group
     from foretune.training import build
+    from foretune.training.clock import Laps
     from foretune.training.injection import FaultyEngine
     from foretune.training.loop import train
     from foretune.training.resume import resume
     from foretune.training.schedule import learning_rate
 
+    laps = Laps()
     plan = Plan.read(run.plan)
     memory = None
     if options.snapshots is not None:
@@ -97,10 +99,15 @@ def _train(run: RunFolder, rank: RankInfo, heartbeat: Heartbeat, options: argpar
         memory=memory,
         passed_over=run.passed_over_steps(),
     )
+    laps.lap("artifacts")
     device = open_group(rank, deterministic=assignment.config.train.deterministic)
+    laps.lap("process group")
     engine, model = build.build_engine(assignment, device)
+    laps.lap("engine")
     loader = build.build_loader(assignment, engine)
+    laps.lap("data")
     state, resumed_from = resume(assignment, engine)
+    laps.lap("checkpoint")
     if assignment.faults.armed:
         FaultyEngine.arm(engine, assignment.faults, state)
     pace = build.build_pace(assignment, step=state.step)
@@ -111,6 +118,7 @@ def _train(run: RunFolder, rank: RankInfo, heartbeat: Heartbeat, options: argpar
         total_steps=plan.total_steps,
         world_size=rank.world_size,
         resumed_from=resumed_from,
+        seconds_by_phase=laps.seconds,
     )
     start = time.perf_counter()
     finished = train(

@@ -4,10 +4,12 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from foretune.launch import Agents
 from foretune.pipeline.proof import prove, soak
 from foretune.proving.cells import full_matrix, small_matrix
 from foretune.proving.verdict import Verdict
@@ -18,8 +20,16 @@ def explain(verdict: Verdict) -> str:
 
 
 @pytest.fixture(scope="module")
-def small(tmp_path_factory: pytest.TempPathFactory) -> Verdict:
-    return prove(out=tmp_path_factory.mktemp("proof"))
+def agents() -> Iterator[Agents]:
+    """Warm processes for all of these tests: each start of them costs as much as two cells."""
+    warm = Agents()
+    yield warm
+    warm.end()
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory, agents: Agents) -> Verdict:
+    return prove(out=tmp_path_factory.mktemp("proof"), agents=agents)
 
 
 @pytest.mark.timeout(900)
@@ -50,16 +60,17 @@ def test_causes_are_told_apart(small: Verdict) -> None:
     assert causes["terminate"] == []
 
 
-def test_a_build_that_forgets_the_random_states_turns_a_cell_red(tmp_path: Path) -> None:
-    verdict = prove(out=tmp_path, only=["ZeRO-2: kill rank 1 in forward"], broken=["random_state"])
+def test_a_build_that_forgets_the_random_states_turns_a_cell_red(tmp_path: Path, agents: Agents) -> None:
+    verdict = prove(out=tmp_path, only=["ZeRO-2: kill rank 1 in forward"], broken=["random_state"], agents=agents)
     (cell,) = verdict.cells
     assert cell.recovered
     assert not cell.passed
     assert "loss of step" in (cell.problem or "")
 
 
-def test_a_build_that_writes_the_manifest_first_turns_a_cell_red(tmp_path: Path) -> None:
-    verdict = prove(out=tmp_path, only=["ZeRO-2: kill_supervisor in commit"], matrix="full", broken=["manifest_last"])
+def test_a_build_that_writes_the_manifest_first_turns_a_cell_red(tmp_path: Path, agents: Agents) -> None:
+    only = ["ZeRO-2: kill_supervisor in commit"]
+    verdict = prove(out=tmp_path, only=only, matrix="full", broken=["manifest_last"], agents=agents)
     (cell,) = verdict.cells
     assert not cell.passed, "a checkpoint that is not whole was taken for one"
 
@@ -96,8 +107,8 @@ def test_the_command_prints_the_matrix_and_its_verdict(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "prove.json").read_text())["passed"] is True
 
 
-def test_random_kills_for_a_while_end_in_the_same_bits(tmp_path: Path) -> None:
-    verdict = soak(out=tmp_path, minutes=0.25, seed=1)
+def test_random_kills_for_a_while_end_in_the_same_bits(tmp_path: Path, agents: Agents) -> None:
+    verdict = soak(out=tmp_path, minutes=0.1, seed=1, steps=40, agents=agents)
     assert verdict.passed
     assert verdict.kills >= 2
     assert 0 < verdict.goodput < 1
