@@ -370,6 +370,7 @@ class RunFolder:
         self.launch = path / "launch"  # of the present launch: outcomes of ranks, the stop request
         self.saving = self.launch / "saving"  # a snapshot in memory that is to be written to disk
         self.passed_over = path / "passed_over.json"  # steps whose data went wrong; a decision that outlives a launch
+        self.packing = self.launch / "packing"  # what a launch of this command found out about the model
         self.stop_request = self.launch / "stop"  # its existence asks the ranks to finish their step, save and end
 
     def outcome_of(self, rank: int) -> Path:
@@ -387,6 +388,10 @@ class RunFolder:
     def pass_over(self, step: int) -> None:
         """Decide that the data of step number `step` is never trained on."""
         write_atomically(self.passed_over, json.dumps(sorted({*self.passed_over_steps(), step})) + "\n")
+
+    def packing_found(self) -> bool | None:
+        """Whether rows may be packed, if an earlier launch of this command has tried it."""
+        return self.packing.read_text() == "yes" if self.packing.is_file() else None
 
     def write_plan(self, plan: Plan) -> None:
         """Write the plan, and before it DeepSpeed's configuration as a file of its own."""

@@ -30,6 +30,7 @@ class Assignment:
     faults: Faults
     memory: MemoryWriter | None  # where snapshots go; None: saves go to disk at once
     passed_over: frozenset[int]  # steps whose data went wrong
+    packs: bool | None = None  # whether this model keeps packed documents apart, if an earlier launch found out
 
     def tell(self, kind: EventKind, **payload: Any) -> None:
         """Write an event, once for all ranks."""

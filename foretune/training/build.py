@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from foretune.artifacts import write_atomically
 from foretune.checkpoint import layout
 from foretune.checkpoint.snapshot import seed_everything
 from foretune.data import Loader, open_loader
@@ -103,18 +104,21 @@ def build_loader(assignment: Assignment, engine: Engine) -> Loader:
         world_size=rank.world_size,
         micro_batch_size=plan.micro_batch_size_per_gpu,
     )
+    if assignment.packs is not None:
+        return open_as(packing=assignment.packs)
     loader = open_as(packing=plan.packing)
     error = isolation_error(engine, loader)
     tolerance = ISOLATION_TOLERANCE[plan.precision]
-    if error is None or error <= tolerance:
-        return loader
-    if not plan.packing:
-        raise MachineFault(f"the fused loss is {error:.2g} nats a token off the model's own (bound {tolerance:g})")
-    assignment.tell(
-        EventKind.NOTE,
-        message=f"this model does not keep packed documents apart ({error:.2g} nats a token): each gets its own row",
-    )
-    return open_as(packing=False)
+    isolates = error is None or error <= tolerance
+    if not isolates:
+        if not plan.packing:
+            raise MachineFault(f"the fused loss is {error:.2g} nats a token off the model's own (bound {tolerance:g})")
+        lost = f"this model does not keep packed documents apart ({error:.2g} nats a token)"
+        assignment.tell(EventKind.NOTE, message=f"{lost}: each gets its own row")
+        loader = open_as(packing=False)
+    if rank.is_main:  # for launches to come: ranks read it before they join the group, so that all know the same
+        write_atomically(assignment.run.packing, "yes" if plan.packing and isolates else "no")
+    return loader
 
 
 def build_pace(assignment: Assignment, *, step: int) -> SavePace | None:

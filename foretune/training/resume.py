@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -16,25 +17,39 @@ from foretune.training.assignment import Assignment
 from foretune.training.state import TrainState
 
 
-def resume(assignment: Assignment, engine: Engine) -> tuple[TrainState, str | None]:
+class NewestCheckpoint:
+    """The newest checkpoint that verifies: one rank looks for it while it builds its engine, hashing on other cores."""
+
+    def __init__(self, assignment: Assignment) -> None:
+        self._found: Future[tuple[Path, Checkpoint] | None] | None = None
+        if assignment.rank.is_main:
+            self._found = ThreadPoolExecutor(1).submit(
+                store.newest_complete,
+                assignment.run.checkpoints,
+                on_passed_over=lambda message: assignment.tell(EventKind.NOTE, message=message),
+            )
+
+    def agreed(self) -> Path | None:
+        """The folder, the same on every rank."""
+        chosen: list[str | None] = [None]
+        if self._found is not None:
+            found = self._found.result()
+            chosen = [str(found[0]) if found else None]
+        if torch.distributed.get_world_size() > 1:
+            torch.distributed.broadcast_object_list(chosen, src=0)
+        return None if chosen[0] is None else Path(chosen[0])
+
+
+def resume(assignment: Assignment, engine: Engine, newest: NewestCheckpoint) -> tuple[TrainState, str | None]:
     """The state to go on from and the name of the checkpoint it came from (None: from the beginning).
 
     Raises:
         UserError: the checkpoints are of other data, or of another layout of ranks.
     """
     state = TrainState()
-    chosen: list[str | None] = [None]
-    if assignment.rank.is_main:  # one rank verifies and chooses, so that all load the same
-        found = store.newest_complete(
-            assignment.run.checkpoints,
-            on_passed_over=lambda message: assignment.tell(EventKind.NOTE, message=message),
-        )
-        chosen = [str(found[0]) if found else None]
-    if assignment.rank.world_size > 1:
-        torch.distributed.broadcast_object_list(chosen, src=0)
-    if chosen[0] is None:
+    folder = newest.agreed()
+    if folder is None:
         return state, None
-    folder = Path(chosen[0])
     manifest = Checkpoint.read(folder / layout.MANIFEST)
     _check_same_run(manifest, assignment)
     engine.load(folder)

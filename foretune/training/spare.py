@@ -118,6 +118,8 @@ def _import_all(run: Path) -> None:
         plan = Plan.read(folder.plan)
         if plan.zero_stage == 3:
             import torch._dynamo  # noqa: F401  # what loading in parts needs; 1.5 s
+        if plan.method == "lora":
+            import peft  # noqa: F401
         import_model_class(Path(plan.model))
 
 

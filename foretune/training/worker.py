@@ -77,7 +77,7 @@ def _train(run: RunFolder, rank: RankInfo, heartbeat: Heartbeat, options: argpar
     from foretune.training.clock import Laps
     from foretune.training.injection import FaultyEngine
     from foretune.training.loop import train
-    from foretune.training.resume import resume
+    from foretune.training.resume import NewestCheckpoint, resume
     from foretune.training.schedule import learning_rate
 
     laps = Laps()
@@ -98,7 +98,9 @@ def _train(run: RunFolder, rank: RankInfo, heartbeat: Heartbeat, options: argpar
         faults=Faults(options.faults, rank=rank.rank),
         memory=memory,
         passed_over=run.passed_over_steps(),
+        packs=run.packing_found(),
     )
+    newest = NewestCheckpoint(assignment)
     laps.lap("artifacts")
     device = open_group(rank, deterministic=assignment.config.train.deterministic)
     laps.lap("process group")
@@ -106,7 +108,7 @@ def _train(run: RunFolder, rank: RankInfo, heartbeat: Heartbeat, options: argpar
     laps.lap("engine")
     loader = build.build_loader(assignment, engine)
     laps.lap("data")
-    state, resumed_from = resume(assignment, engine)
+    state, resumed_from = resume(assignment, engine, newest)
     laps.lap("checkpoint")
     if assignment.faults.armed:
         FaultyEngine.arm(engine, assignment.faults, state)
