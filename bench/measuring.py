@@ -60,7 +60,7 @@ def assignment_of(**given: Any) -> Any:
     def tell(kind: Any, **payload: Any) -> None:
         print(kind, payload, flush=True)
 
-    return SimpleNamespace(journal=None, tell=tell, **given)
+    return SimpleNamespace(journal=None, packs=None, tell=tell, **given)
 
 
 class Watch:

@@ -5,7 +5,9 @@
 The same random weights, rows of tokens, loss and packed attention for both; 4 x 4 rows of 4096 tokens a step, every
 layer checkpointed. `foretune`: ZeRO-1, fp32 sums on the device, compiled layers, `foretune.engine.streaming`.
 `deepspeed`: ZeRO-3 with `offload_optimizer.ratio` 0.7 and CPUAdam on all cores, bf16 sums, everything else as DeepSpeed
-has it. Out: tokens per second, forward, backward and optimizer step apart, peak memory of device and host, losses.
+has it but for the share on the device, which the fused kernel steps.
+
+Out: tokens per second, forward, backward and optimizer step apart, peak memory of device and host, losses.
 
 Without a GPU a tiny shape in bf16 shows that it runs.
 """

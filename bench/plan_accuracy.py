@@ -307,7 +307,11 @@ def _run_case(case: Case) -> dict[str, Any]:
         except (NoPlanFits, UserError) as refusal:
             return {"refused": str(refusal)}
         # The parent may not ask: whoever has touched the GPU cannot fork.
-        predicted = {"machine": machine(), "cluster": json.loads(cluster.model_dump_json()), "predicted": _predicted(plan)}
+        predicted = {
+            "machine": machine(),
+            "cluster": json.loads(cluster.model_dump_json()),
+            "predicted": _predicted(plan),
+        }
         try:
             return {**predicted, "measured": _measure(plan, config)}
         except Exception as error:
