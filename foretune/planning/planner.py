@@ -254,6 +254,7 @@ def workload(
         rows=packs if packing else ceil(packs * data.documents / data.packs),
         document_length=data.document_length,
         packing=packing,
+        equal_documents=data.equal_documents,
     )
 
 

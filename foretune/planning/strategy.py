@@ -30,6 +30,7 @@ class Workload:
     rows: int  # per optimizer step: packs of a global batch, or their documents where these are not packed
     document_length: float  # mean length that attention sees
     packing: bool
+    equal_documents: bool = False  # all of one length: attention is a batch, for faster kernels
     attention: Literal["packed", "sdpa"] = "sdpa"  # packed: the kernel knows where documents end, so there is no mask
     compiled: bool = False  # layers, and the softmax of the loss; not at stage 3
     pace: tuple[float, float] = (1.0, 1.0)  # measured / predicted step time on this machine, below stage 3 and at it

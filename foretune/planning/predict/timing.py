@@ -3,9 +3,10 @@
 Workload × Strategy × Cluster ──▶ compute + memory-bound + communication + offload + optimizer, per rank
 
 Compute: 2 FLOP a multiplied parameter and token forward, 4 backward (2 where the weights are frozen), 2 more where a
-layer is recomputed (Kaplan et al. 2020, §2.1), plus attention. Pointwise work moves the activations a few times through
-memory. Collectives move their volume (N-1)/N over the narrowest link (Thakur et al. 2005, ring). Constants carry their
-measurement.
+layer is recomputed (Kaplan et al. 2020, §2.1), plus attention. Pointwise work moves bytes through memory: counted for
+layers as their family wrote them (`eager`), the saved activations a few times where they are compiled. A micro-batch
+takes what the device needs, or what the host needs to start it all, whichever is more. Collectives move their volume
+(N-1)/N over the narrowest link (Thakur et al. 2005, ring). Constants carry their measurement.
 """
 
 from __future__ import annotations
@@ -14,48 +15,59 @@ from dataclasses import dataclass
 from math import ceil
 
 from foretune.artifacts import Cluster
+from foretune.model.shape import ModelShape
 from foretune.planning.predict.activations import activation_bytes_per_token_layer, is_compiled
+from foretune.planning.predict.eager import eager_costs
 from foretune.planning.predict.memory import reduced_at_step, sums_apart
 from foretune.planning.strategy import Strategy, Workload
 
-#: Of the data sheet's peak, what a large 16-bit matmul reaches: 784 of 989 TFLOP/s on an H100 (8192³).
-MATMUL_SHARE = 0.79
-#: Of the peak, what causal flash attention reaches forward and backward: 49 ms for 20 TFLOP on an H100.
+#: The constants that carry "fitted" were fitted to 23 runs of the 0.5B, 1.5B, GPT-2 and GPT-2 XL shapes on one H100
+#: (`bench/plan_accuracy.py`, its calibration half), and not touched after the other half had judged them.
+#: Of the data sheet's peak, what matmuls reach in training: 784 of 989 TFLOP/s alone, 715 in a row of 1.5B layers.
+MATMUL_SHARE = 0.76
+#: Of the peak, what causal attention over documents of one length reaches, both ways: 1.6 ms for 0.72 TFLOP on an H100.
 ATTENTION_SHARE = 0.42
+#: The same over documents of any length: 2.7 ms.
+PACKED_ATTENTION_SHARE = 0.27
 #: The same with a mask: another kernel, and no product is left out, not even above the diagonal.
 MASKED_ATTENTION_SHARE = 0.25
 #: fp32 matmuls against the 16-bit peak: torch does them without tensor cores unless TF32 is allowed.
 FP32_GPU_SHARE = 1 / 8
 #: bf16 on a CPU that has no instructions for it, against fp32.
 EMULATED_BF16_SLOWDOWN = 20.0
-#: Times that saved activations pass through memory in a step: written, read back, their gradients once each way, and
-#: the values between the eager kernels of norms and rotary embeddings that nobody saves.
-ACTIVATION_PASSES = 6.0
-#: The same where layers are compiled: pointwise chains are one kernel.
-COMPILED_PASSES = 4.0
-#: Times that LoRA's products pass a linear's input and both its outputs: 14.6k tokens/s at 7B on an H100, not 18.5k.
-ADAPTER_PASSES = 6.0
-#: Times that a logit passes through memory, in bytes: 6 × 4 eager; compiled, written, read twice and multiplied twice.
-LOGIT_BYTES, COMPILED_LOGIT_BYTES = 24.0, 12.0
-#: Bytes of memory traffic per trained parameter in a fused Adam step with its casts, norm, clipping and ZeRO's copies.
-OPTIMIZER_BYTES = 80.0
-#: Seconds per layer and micro-batch below which Python and kernel launches are the limit (forward and backward, eager):
-#: 24 layers of a 0.5B model took 0.12 s on an H100 whose work was half of that.
-LAUNCH_SECONDS = {"cuda": 4.5e-3, "cpu": 1.5e-3}
-#: The same, compiled: one call a layer each way.
-COMPILED_LAUNCH_SECONDS = 1.5e-3
-#: What LoRA's small modules add: 0.36 s a micro-batch at 24 layers of the 0.5B shape, where full training takes 0.22.
-ADAPTER_LAUNCH_SECONDS = 10e-3
-#: The same where ZeRO-3 fetches and releases the parameters of every module, and what LoRA's many small modules add:
-#: 0.54 s a micro-batch at 24 layers, 1.16 s with LoRA, however little there is to compute.
-ZERO_3_LAUNCH_SECONDS = 17e-3
-ZERO_3_ADAPTER_LAUNCH_SECONDS = 27e-3
-#: Of a gradient's way into ZeRO's buckets at stages 1 and 2, Python and copies: 290 tensors added 0.05 s.
-HOOK_SECONDS = 1.5e-4
-#: ZeRO's Python at every optimizer step.
-ZERO_STEP_SECONDS = 0.02
-#: CPU Adam (fused, all cores): trained parameters per second and core; 7.6e9 take 4-5 s on 16 cores at 70 %.
-CPU_ADAM_PER_CORE = 75e6
+#: Of the data sheet's memory bandwidth, what kernels of a layer's size reach (fitted).
+BANDWIDTH_SHARE = 0.62
+#: Times that a compiled layer's saved activations pass through memory: written, read, and their gradients (fitted).
+COMPILED_PASSES = 3.2
+#: Bytes of memory traffic per logit (fitted): eager, some ten kernels in fp32; compiled, written, read twice, written.
+LOGIT_BYTES, COMPILED_LOGIT_BYTES = 40.0, 9.9
+#: Bytes of memory traffic per trained parameter in a fused Adam step with its norm, casts and ZeRO's copies (fitted).
+OPTIMIZER_BYTES = 38.0
+#: The same on a CPU, where the norm is computed in fp64.
+CPU_OPTIMIZER_BYTES = 80.0
+#: Bytes that a dispatched adapter moves for each element of its linear's input and output where it is not fused.
+ADAPTER_INPUT_BYTES, ADAPTER_OUTPUT_BYTES = 6.0, 12.0
+#: Host's seconds for a call that torch dispatches, Python above it included (fitted; CPU: no launch).
+CALL_SECONDS = {"cuda": 1.8e-5, "cpu": 7e-6}
+#: Of a compiled layer, both ways (fitted).
+COMPILED_LAYER_SECONDS = 1.7e-3
+#: Of an adapted linear, both ways (fitted).
+ADAPTER_SECONDS = 4e-4
+#: Of a gradient on its way into DeepSpeed's sums, a tensor and micro-batch, below stage 3 (fitted): ZeRO-1 with fp32
+#: sums; buckets of ZeRO 1 and 2; stage 0 in 16 bits, which steps on tensor after tensor.
+SUM_SECONDS, BUCKET_SECONDS, UNFUSED_SECONDS = 9e-5, 2.9e-4, 4.6e-4
+#: Of fetching and releasing a parameter at ZeRO-3, both ways (fitted).
+FETCH_SECONDS = 1.5e-3
+#: Of a micro-batch outside of the layers, and of an optimizer step: DeepSpeed's Python, waiting for the norm (fitted).
+MICRO_BATCH_SECONDS = {"cuda": 0.010, "cpu": 1e-3}
+STEP_SECONDS = {"cuda": 0.0175, "cpu": 1e-3}
+#: What a recomputed layer adds to calls, and to the parameters that ZeRO-3 fetches: one more forward pass.
+RECOMPUTED_CALLS, RECOMPUTED_FETCHES = 1 / 3, 1 / 2
+#: How closely the device's and the host's time overlap: the larger of both, and more where they are close.
+OVERLAP = 8.0
+#: CPU Adam: trained parameters per second and core. torch's at stages 1 and 2 took 0.6 s for 1.5e9 on 16 cores,
+#: DeepSpeed's in sub-groups at stage 3 4-5 s for 5.3e9.
+CPU_ADAM_PER_CORE = {"whole": 160e6, "sub-groups": 75e6}
 #: Seconds to start one collective.
 COLLECTIVE_LATENCY = {"cuda": 3e-5, "cpu": 1e-3}
 
@@ -115,50 +127,81 @@ def step_time(work: Workload, strategy: Strategy, cluster: Cluster) -> StepTime:
     accelerator = cluster.accelerator
     rows = strategy.micro_batch_size * strategy.accumulation_steps
     rate = _matmul_rate(work, cluster)
-    masked = work.packing and work.attention != "packed"
-    attention_rate = rate * (MASKED_ATTENTION_SHARE if masked else ATTENTION_SHARE) / MATMUL_SHARE
     compute = rows * flops_per_row(work, strategy.checkpointed_layers) / rate
+    attention_rate = rate * _attention_share(work) / MATMUL_SHARE
     compute += rows * attention_flops_per_row(work, strategy.checkpointed_layers) / attention_rate
-    memory_bound = _traffic(work, strategy, cluster) / accelerator.memory_bandwidth
-    compute = max(compute, _launches(work, strategy, cluster) - memory_bound)
+    memory_bound = _traffic(work, strategy, cluster) / (BANDWIDTH_SHARE * accelerator.memory_bandwidth)
+    device, host = compute + memory_bound, _host_seconds(work, strategy, cluster)
+    larger = max(device, host)
+    compute += larger * ((device / larger) ** OVERLAP + (host / larger) ** OVERLAP) ** (1 / OVERLAP) - device
     offload, optimizer = _update(work, strategy, cluster)
     time = StepTime(compute, memory_bound, _communication(work, strategy, cluster), offload, optimizer)
     return time.scaled(work.pace[strategy.zero_stage == 3])
+
+
+def _attention_share(work: Workload) -> float:
+    if work.packing and work.attention != "packed":
+        return MASKED_ATTENTION_SHARE
+    return ATTENTION_SHARE if work.equal_documents or not work.packing else PACKED_ATTENTION_SHARE
 
 
 def _traffic(work: Workload, strategy: Strategy, cluster: Cluster) -> float:
     """Bytes that pass through a device's memory outside of matmuls and the optimizer."""
     shape, b, compiled = work.shape, work.parameter_bytes, is_compiled(work, strategy)
     tokens = strategy.micro_batch_size * strategy.accumulation_steps * work.row_length
-    recomputed = 1.0 + 0.5 * strategy.checkpointed_layers / shape.num_layers
-    saved = activation_bytes_per_token_layer(work, compiled=compiled) * shape.num_layers
-    traffic = (COMPILED_PASSES if compiled else ACTIVATION_PASSES) * recomputed * tokens * saved
-    if work.lora_rank:
-        ends = sum(linear.copies * (linear.inputs + 2 * linear.outputs) for linear in shape.linears)
-        traffic += ADAPTER_PASSES * shape.num_layers * recomputed * tokens * b * ends
+    share = strategy.checkpointed_layers / shape.num_layers
+    if compiled:
+        per_layer = COMPILED_PASSES * (1.0 + share / 2) * activation_bytes_per_token_layer(work, compiled=True)
+    else:
+        # A third of it is forward, which is what is done again.
+        per_layer = (1.0 + 0.3 * share) * b / 2 * eager_costs(shape).bytes_per_token(shape, work.row_length)
+        if work.lora_rank and not _fuses_adapters(work, strategy):
+            ends = ADAPTER_INPUT_BYTES, ADAPTER_OUTPUT_BYTES
+            per_layer += sum(one.copies * (ends[0] * one.inputs + ends[1] * one.outputs) for one in shape.linears)
+    traffic = tokens * shape.num_layers * per_layer
     # Gradients of a micro-batch are read, and their sum is read and written, by whoever owns it.
     owned = work.trainable / (cluster.world_size if strategy.zero_stage >= 2 else 1)
     traffic += (strategy.accumulation_steps - 1) * (b + 2 * work.gradient_bytes) * owned
     traffic += tokens * (COMPILED_LOGIT_BYTES if compiled else LOGIT_BYTES) * shape.vocab_size
     if not work.lora_rank and shape.plain_head:
-        # With every chunk of the loss the head's fp32 gradient is read and written, a product written and read.
+        # With every chunk of the loss the head's fp32 gradient is read and written.
         chunks = strategy.accumulation_steps * ceil(
             strategy.micro_batch_size * work.max_length / strategy.loss_chunk_tokens
         )
-        traffic += chunks * (8 + 2 * b) * shape.vocab_size * shape.hidden_size
+        traffic += chunks * (8 + b) * shape.vocab_size * shape.hidden_size
     return traffic
 
 
-def _launches(work: Workload, strategy: Strategy, cluster: Cluster) -> float:
-    """Seconds below which a step cannot be, however little there is to compute: Python, kernel launches, hooks."""
-    kind, layers = cluster.accelerator.kind, work.shape.num_layers
-    per_layer = COMPILED_LAUNCH_SECONDS if is_compiled(work, strategy) else LAUNCH_SECONDS[kind]
-    if strategy.zero_stage == 3:
-        per_layer += ZERO_3_LAUNCH_SECONDS + (ZERO_3_ADAPTER_LAUNCH_SECONDS if work.lora_rank else 0.0)
-    elif work.lora_rank and kind == "cuda":
-        per_layer += ADAPTER_LAUNCH_SECONDS
-    recomputed = 1.0 + 0.5 * strategy.checkpointed_layers / layers
-    return per_layer * strategy.accumulation_steps * layers * recomputed
+def _fuses_adapters(work: Workload, strategy: Strategy) -> bool:
+    """Whether LoRA's products are one function (`foretune.model.lora`): torch's linears, whole weights."""
+    return strategy.zero_stage < 3 and work.shape.family != "gpt2"
+
+
+def _host_seconds(work: Workload, strategy: Strategy, cluster: Cluster) -> float:
+    """Seconds that a rank's host needs to start a step's work: Python, dispatch, DeepSpeed's hooks."""
+    kind, shape, stage = cluster.accelerator.kind, work.shape, strategy.zero_stage
+    share = strategy.checkpointed_layers / shape.num_layers
+    calls = eager_costs(shape).calls * CALL_SECONDS[kind]
+    linears = sum(linear.copies for linear in shape.linears)
+    per_layer = COMPILED_LAYER_SECONDS if is_compiled(work, strategy) else calls
+    if work.lora_rank and kind == "cuda":
+        per_layer += ADAPTER_SECONDS * linears
+    per_layer *= 1.0 + RECOMPUTED_CALLS * share
+    if kind == "cuda":
+        own = linears + sum(linear.copies for linear in shape.linears if linear.bias) + _norm_tensors(shape)
+        adapters = 2 * linears if work.lora_rank else 0
+        if stage == 3:
+            per_layer += FETCH_SECONDS * (own + adapters) * (1.0 + RECOMPUTED_FETCHES * share)
+        elif stage == 0:
+            per_layer += UNFUSED_SECONDS * (adapters or own)
+        else:
+            per_layer += (SUM_SECONDS if sums_apart(work, strategy) else BUCKET_SECONDS) * (adapters or own)
+    return strategy.accumulation_steps * (shape.num_layers * per_layer + MICRO_BATCH_SECONDS[kind])
+
+
+def _norm_tensors(shape: ModelShape) -> int:
+    """Parameters of a layer's norms, counted as tensors: their elements over the hidden size, those of heads as two."""
+    return round(shape.layer_norm_parameters / shape.hidden_size) + (2 if shape.saved.qk_norm else 0)
 
 
 def _matmul_rate(work: Workload, cluster: Cluster) -> float:
@@ -200,16 +243,12 @@ def _update(work: Workload, strategy: Strategy, cluster: Cluster) -> tuple[float
     stage = strategy.zero_stage
     shard = work.trainable / (cluster.world_size if stage else 1)
     if accelerator.kind == "cpu":
-        return 0.0, shard * OPTIMIZER_BYTES / accelerator.memory_bandwidth + 1e-3
+        return 0.0, shard * CPU_OPTIMIZER_BYTES / accelerator.memory_bandwidth + STEP_SECONDS["cpu"]
     moved = strategy.offload_optimizer * shard
-    on_device = (shard - moved) * OPTIMIZER_BYTES / accelerator.memory_bandwidth + (ZERO_STEP_SECONDS if stage else 0.0)
-    if stage in (1, 2) and not sums_apart(work, strategy):
-        tensors = work.shape.num_layers * (
-            2 * len(work.shape.linears) if work.lora_rank else len(work.shape.linears) + 4
-        )
-        on_device += HOOK_SECONDS * tensors * strategy.accumulation_steps
+    bandwidth = BANDWIDTH_SHARE * accelerator.memory_bandwidth
+    on_device = (shard - moved) * OPTIMIZER_BYTES / bandwidth + STEP_SECONDS["cuda"]
     cores = max(1.0, cluster.cores_per_node / cluster.devices_per_node)
-    offload = moved / (CPU_ADAM_PER_CORE * cores)
+    offload = moved / (CPU_ADAM_PER_CORE["sub-groups" if stage == 3 else "whole"] * cores)
     # Gradients go to the host at every micro-batch, updated weights come back once.
     offload += (
         moved * (work.gradient_bytes * strategy.accumulation_steps + work.parameter_bytes) / cluster.host_link_bandwidth

@@ -29,22 +29,18 @@ def work_of(name: str, *, length: int = 4096, lora_rank: int = 0, precision: str
 @pytest.mark.parametrize(
     ("work", "strategy", "measured_tokens_per_second"),
     [
-        # Full fine-tuning of the 1.5B shape, 4 × 4096 tokens a micro-step, accumulation 1 and 8 (ZeRO-2 through TRL).
-        (work_of("qwen2.5-1.5b"), Strategy(2, 4, 1), 35_588),
-        (work_of("qwen2.5-1.5b"), Strategy(2, 4, 8), 43_893),
-        # LoRA r=16 on all linears of a 7B shape: checkpointed 4 × 4096, not checkpointed 2 × 4096.
-        (work_of("qwen2.5-7b", lora_rank=16), Strategy(1, 4, 1, 28), 8_868),
-        (work_of("qwen2.5-7b", lora_rank=16), Strategy(1, 2, 1, 0), 11_846),
-        # The same 1.5B shape at ZeRO-3: Python fetches and releases the parameters of every module.
+        # Full fine-tuning of the 1.5B shape, whole rows of 4096, compiled layers, accumulation 8.
+        (replace(work_of("qwen2.5-1.5b"), compiled=True), Strategy(1, 4, 8, loss_chunk_tokens=4096), 49_772),
+        # The same at ZeRO-3, as another trainer on the same engine runs it: fetching every parameter is the limit.
         (work_of("qwen2.5-1.5b"), Strategy(3, 4, 1), 28_221),
-        # This project's own engine, the 0.5B shape: too little work to hide Python.
+        # The 0.5B shape: too little work to hide Python.
         (work_of("qwen2.5-0.5b", length=1024), Strategy(1, 8, 2), 61_852),
         (work_of("qwen2.5-0.5b", length=1024), Strategy(3, 8, 2), 14_489),
         (work_of("qwen2.5-0.5b", length=1024, lora_rank=16), Strategy(3, 4, 4), 3_450),
         # Full fine-tuning of the 7B shape, 70 % of the optimizer offloaded, all layers checkpointed.
         (work_of("qwen2.5-7b"), Strategy(3, 4, 4, 28, offload_optimizer=0.7), 6_003),
     ],
-    ids=["full-1", "full-8", "lora-checkpointed", "lora", "zero3", "small", "small-zero3", "small-lora3", "offloaded"],
+    ids=["compiled", "zero3", "small", "small-zero3", "small-lora3", "offloaded"],
 )
 def test_within_a_quarter_of_measured_runs(
     work: Workload, strategy: Strategy, measured_tokens_per_second: float

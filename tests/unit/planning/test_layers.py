@@ -1,4 +1,4 @@
-"""The closed form of a layer's activations against what autograd really saves of Hugging Face's layers."""
+"""The closed forms of one layer against Hugging Face's own: what autograd saves of it, what torch dispatches for it."""
 
 from __future__ import annotations
 
@@ -6,10 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from foretune.model.compilation import compile_layers
 from foretune.model.shape import shape_of
 from foretune.planning.predict.activations import activation_bytes_per_token_layer
+from foretune.planning.predict.eager import eager_costs
 from foretune.planning.strategy import Precision, Workload
 
 LENGTH, ROWS, LORA_RANK = 128, 2, 8
@@ -131,3 +134,92 @@ def test_a_compiled_layer_saves_what_the_closed_form_says(family: str, keys: dic
         document_length=LENGTH, packing=False,
     )  # fmt: skip
     assert activation_bytes_per_token_layer(work, compiled=True) == pytest.approx(measured, rel=0.02)
+
+
+#: Calls that move nothing: they are counted as calls alone.
+VIEWS = {
+    "view",
+    "_unsafe_view",
+    "t",
+    "transpose",
+    "permute",
+    "expand",
+    "slice",
+    "select",
+    "unsqueeze",
+    "squeeze",
+    "detach",
+    "alias",
+    "as_strided",
+    "split",
+    "chunk",
+    "split_with_sizes",
+    "unbind",
+    "reshape",
+    "_reshape_alias",
+    "empty",
+    "empty_like",
+    "empty_strided",
+    "new_empty",
+    "new_empty_strided",
+    "lift_fresh",
+    "_local_scalar_dense",
+    "unfold",
+    "narrow",
+}
+PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "_scaled_dot_product_flash_attention_for_cpu")
+
+
+class Count(TorchDispatchMode):
+    """Calls, and bytes that those which are neither views nor matrix products read and write."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = self.bytes = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        name = function._schema.name.split("::")[1]
+        self.calls += 1
+        if name not in VIEWS and not name.startswith(PRODUCTS):
+            tensors = {id(x): x for x in tree_leaves((args, kwargs, result)) if isinstance(x, torch.Tensor)}
+            # What is broadcast is read once.
+            self.bytes += sum(min(x.nbytes, x.untyped_storage().nbytes()) for x in tensors.values())
+        return result
+
+
+def counted(family: str, keys: dict[str, Any], *, layers: int, lengths: tuple[int, ...]) -> list[Count]:
+    """Forward and backward of a model in 16 bits, for rows of each length."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    depth = "n_layer" if family == "gpt2" else "num_hidden_layers"
+    config = AutoConfig.for_model(family, **keys, **{depth: layers})
+    for name, value in list(vars(config).items()):
+        if isinstance(value, float) and "drop" in name:
+            setattr(config, name, 0.0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).get_decoder().train()
+    counts = []
+    for length in lengths:
+        model.zero_grad()
+        ids = torch.randint(1, 500, (ROWS, length))
+        positions = torch.arange(length)[None].repeat(ROWS, 1)
+        with Count() as count:
+            hidden = model(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state
+            hidden.backward(torch.ones_like(hidden))
+        counts.append(count)
+    return counts
+
+
+@pytest.mark.parametrize(("family", "keys"), CASES, ids=[family for family, _ in CASES])
+def test_a_layer_costs_what_the_table_says(family: str, keys: dict[str, Any]) -> None:
+    lengths = (64, 128)
+    three, two = (counted(family, keys, layers=layers, lengths=lengths) for layers in (3, 2))
+    (short, long) = (more.bytes - fewer.bytes for more, fewer in zip(three, two, strict=True))
+    per_token = (long - short) / (ROWS * (lengths[1] - lengths[0]))
+    shape = shape_of({**keys, "model_type": family}, origin="test")
+    costs = eager_costs(shape)
+    # 3 %: rotary tables and the norms' statistics, a few hundred bytes whatever the widths. Scores grow with the square
+    # of a row's length, so their slope between two lengths is that at their sum.
+    expected = costs.bytes_per_token(shape, sum(lengths))
+    assert per_token == pytest.approx(expected, rel=0.03)
+    assert three[0].calls - two[0].calls == pytest.approx(costs.calls, abs=2)
