@@ -86,11 +86,11 @@ def _tokenizer(model: Path | str) -> Any:
 
 
 def _files(path: str) -> list[Path]:
-    """The files that a source names and that can be read here without other libraries."""
+    """The files that a source names and that are of a kind that is read here."""
     found = [Path(name) for name in glob.glob(path, recursive=True)] if glob.has_magic(path) else [Path(path)]
     inner = [file for one in found for file in (sorted(one.rglob("*")) if one.is_dir() else [one])]
     readable = (*STRUCTURED, *TEXT)
-    return [file for file in inner if file.is_file() and suffix_of(file) in readable and suffix_of(file) != ".parquet"]
+    return [file for file in inner if file.is_file() and suffix_of(file) in readable]
 
 
 def _sample(file: Path, tokenizer: Any, *, wanted: str, rows: int) -> _Sample:
@@ -99,8 +99,31 @@ def _sample(file: Path, tokenizer: Any, *, wanted: str, rows: int) -> _Sample:
         length = _counts(tokenizer, [text])[0]
         read = len(text.encode())
         return _Sample([round(length * file.stat().st_size / max(1, read))], 1.0, whole=file.stat().st_size <= read)
+    if kind_of(file, "data") == "parquet":
+        values, count = _parquet_rows(file, rows)
+        texts = _texts_of(values, file, wanted=wanted)
+        return _Sample(_counts(tokenizer, texts), count * len(texts) / max(1, len(values)), whole=count <= rows)
     texts, documents, whole = _structured(file, wanted=wanted, rows=rows)
     return _Sample(_counts(tokenizer, texts), documents, whole)
+
+
+def _parquet_rows(file: Path, rows: int) -> tuple[list[dict[str, Any]], int]:
+    """(at most so many rows, from evenly spaced row groups; how many the file has, as its footer says).
+
+    Raises:
+        ValueError: the file is not Parquet.
+    """
+    import pyarrow.parquet  # half a second, so only where there is such a file
+
+    with pyarrow.parquet.ParquetFile(file) as table:
+        groups, count = table.num_row_groups, table.metadata.num_rows
+        chosen = sorted({groups * number // min(groups, rows) for number in range(min(groups, rows))})
+        share = -(-rows // max(1, len(chosen)))
+        values: list[dict[str, Any]] = []
+        for group in chosen:
+            for batch in islice(table.iter_batches(batch_size=share, row_groups=[group]), 1):
+                values += batch.to_pylist()
+    return values[:rows], count
 
 
 def _structured(file: Path, *, wanted: str, rows: int) -> tuple[list[str], float, bool]:
@@ -112,14 +135,19 @@ def _structured(file: Path, *, wanted: str, rows: int) -> tuple[list[str], float
         raw = [text for _, text in islice(rows_of(file, "data"), rows + 1)]
         raw, whole = raw[:rows], len(raw) <= rows
     values = [json.loads(text) for text in raw if text.strip()]
-    columns = {key for value in values if isinstance(value, dict) for key in value}
-    form = detect(columns, wanted=wanted, field="data", path=str(file))
-    texts = [text for value in values if (text := _text_of(normalise(value, form))) is not None]
+    texts = _texts_of(values, file, wanted=wanted)
     kept = len(texts) / max(1, len(values))
     if whole:
         return texts, float(len(texts)), True
     mean = sum(len(text.encode()) + 1 for text in raw) / len(raw)
     return texts, kept * file.stat().st_size / mean, False
+
+
+def _texts_of(values: list[Any], file: Path, *, wanted: str) -> list[str]:
+    """The text of each row that has one."""
+    columns = {key for value in values if isinstance(value, dict) for key in value}
+    form = detect(columns, wanted=wanted, field="data", path=str(file))
+    return [text for value in values if (text := _text_of(normalise(value, form))) is not None]
 
 
 def _spread_lines(file: Path, rows: int) -> tuple[list[str], bool]:

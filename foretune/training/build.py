@@ -24,7 +24,7 @@ from foretune.model.lora import fuse_adapters
 from foretune.model.loss import attach_loss
 from foretune.model.tiling import tile_mlps
 from foretune.training.assignment import Assignment
-from foretune.training.hooks import AccountingHook, JournalHook
+from foretune.training.hooks import AccountingHook, JournalHook, PeakCheckHook
 from foretune.training.kernels import CompileHook, apply_attention, may_compile
 from foretune.training.loop import Hook
 from foretune.training.pace import SavePace
@@ -165,6 +165,8 @@ def build_hooks(
     hooks: list[Hook] = [AccountingHook(), checkpoint]
     if assignment.journal is not None:
         hooks.insert(0, JournalHook(assignment.journal, device=engine.device, tensorboard=run.tensorboard))
+        predicted = plan.predicted.gpu_memory_bytes - plan.predicted.gpu_memory_parts.get("context", 0)
+        hooks.append(PeakCheckHook(assignment.journal, device=engine.device, predicted_bytes=predicted))
         if plan.compile_layers:
             hooks.append(CompileHook(assignment.journal))
     return hooks

@@ -11,6 +11,13 @@ from foretune.events import EventKind, Journal
 from foretune.training.loop import StepReport
 from foretune.training.state import TrainState
 
+#: The step of a launch after which the peak is held against the plan.
+CHECKED_STEP = 2
+#: What a prediction may be off before it is said: the bound that plans are judged by. On a CPU the process itself, and
+#: what its libraries keep, vary by some hundred megabytes, whatever the model.
+PEAK_TOLERANCE = 0.06
+PEAK_SLACK_BYTES = 2**29
+
 
 class JournalHook:
     """Writes every step to the journal (rank 0), and to TensorBoard where it is installed."""
@@ -47,6 +54,37 @@ class JournalHook:
         """Flush TensorBoard's files."""
         if self._writer is not None:
             self._writer.close()
+
+
+class PeakCheckHook:
+    """Holds the peak of memory after the first two steps of a launch against the plan, and says so if it is off.
+
+    By then every buffer has been there once: the optimizer's states are made in the first step.
+
+    Args:
+        predicted_bytes: of a rank, as `peak_memory_bytes` measures it (a GPU: without context and allocator).
+    """
+
+    def __init__(self, journal: Journal, *, device: torch.device, predicted_bytes: int) -> None:
+        self._journal, self._device, self._predicted = journal, device, predicted_bytes
+        self._steps = 0
+
+    def after_step(self, report: StepReport, state: TrainState) -> None:
+        self._steps += 1
+        if self._steps != CHECKED_STEP:
+            return
+        measured = peak_memory_bytes(self._device)
+        slack = PEAK_SLACK_BYTES if self._device.type == "cpu" else 0
+        if abs(measured - self._predicted) <= PEAK_TOLERANCE * self._predicted + slack:
+            return
+        way = "more" if measured > self._predicted else "less"
+        message = (
+            f"peak memory of a rank is {abs(measured / self._predicted - 1):.0%} {way} than planned:"
+            f" {measured / 2**30:.1f} GiB after {CHECKED_STEP} steps, {self._predicted / 2**30:.1f} GiB predicted"
+        )
+        self._journal.write(
+            EventKind.NOTE, message=message, step=report.step, measured_bytes=measured, predicted_bytes=self._predicted
+        )
 
 
 class AccountingHook:

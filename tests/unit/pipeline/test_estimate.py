@@ -54,6 +54,25 @@ def test_a_large_file_is_sampled_over_its_length(tmp_path: Path) -> None:
     assert "bytes a token" in found.source
 
 
+def test_parquet_is_sampled_over_its_row_groups(tmp_path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    values = rows(5000) + [{"question": row["question"] * 5, "answer": row["answer"] * 5} for row in rows(5000)]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(values), tmp_path / "a.parquet", row_group_size=500)
+    found = estimate_data(parse_config({"model": "m", "data": str(tmp_path / "a.parquet")}), "nowhere")
+    assert found is not None
+    assert found.documents == 10_000
+    assert found.sampled <= SAMPLED_ROWS
+    exact = sum(len(f"{row['question']}\n{row['answer']}".encode()) for row in values) / 4
+    assert found.tokens == pytest.approx(exact, rel=0.05)
+
+
+def test_broken_parquet_is_left_to_prepare(tmp_path: Path) -> None:
+    (tmp_path / "a.parquet").write_bytes(b"PAR1 not really")
+    assert estimate_data(parse_config({"model": "m", "data": str(tmp_path / "a.parquet")}), "nowhere") is None
+
+
 def test_folders_weights_and_text(tmp_path: Path) -> None:
     write(tmp_path / "a.jsonl", rows(50))
     (tmp_path / "b.txt").write_text("once upon a time " * 100)
