@@ -58,6 +58,8 @@ def choose_compile(config: Config, cluster: Cluster, *, zero_stage: int | None) 
     obstacle = None
     if cluster.accelerator.kind != "cuda":
         obstacle = "compiled layers are for GPUs"
+    elif not config.data.packing:
+        obstacle = "rows that are not packed have many lengths, and each would be compiled anew"
     elif zero_stage == 3:
         obstacle = "ZeRO-3 fetches the parameters of every module as it runs, which breaks compiled code apart"
     if asked is True and obstacle:
