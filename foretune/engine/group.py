@@ -24,7 +24,8 @@ def open_group(rank: RankInfo, *, deterministic: bool = False) -> torch.device:
     """
     import deepspeed
 
-    torch.use_deterministic_algorithms(deterministic)
+    if deterministic:  # it is off; saying so would import torch's compiler
+        torch.use_deterministic_algorithms(True)
 
     _without_compiler()
     _without_muon()

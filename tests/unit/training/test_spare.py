@@ -37,3 +37,37 @@ def test_it_says_ready_and_forks_ranks_that_end_with_their_codes(tmp_path: Path)
         process.stdin.close()
         assert process.wait(20) == 0, "it ends when nobody can tell it anything any more"
         process.stdout.close()
+
+
+LATE = """
+import json, sys
+from pathlib import Path
+import torch
+from foretune.config.schema import TrainConfig
+from foretune.distributed import rank_info
+from foretune.training.spare import _import_all
+_import_all(Path(sys.argv[1]))
+from transformers import LlamaForCausalLM  # as the plan's model class would be
+before = set(sys.modules)
+from foretune.engine import DeepSpeedEngine, build_optimizer, close_group, open_group
+device = open_group(rank_info())
+module = torch.nn.Linear(8, 8)
+config = {
+    "train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1, "managed_gradient_accumulation": False,
+    "zero_optimization": {"stage": 2, "overlap_comm": False}, "zero_allow_untested_optimizer": True,
+}
+optimizer = build_optimizer(module.parameters(), TrainConfig(), learning_rate=0.1)
+engine = DeepSpeedEngine(module, optimizer, config, device=device)
+engine.backward(engine(input=torch.ones(1, 8)).sum())
+engine.step(0.1)
+print(json.dumps(sorted(set(sys.modules) - before)))
+close_group()
+"""
+
+
+def test_a_fork_comes_to_its_first_step_without_late_imports(tmp_path: Path) -> None:
+    """torch's compiler, which DeepSpeed's first step wanted, took each rank 3 s and more at every start."""
+    done = subprocess.run([sys.executable, "-c", LATE, str(tmp_path)], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    late = json.loads(done.stdout.splitlines()[-1])
+    assert len(late) < 20, late
