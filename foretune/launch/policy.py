@@ -19,7 +19,7 @@ from foretune.launch.failures import Cause, Failure
 
 Kind = Literal["restart", "replan", "pass_over", "stop"]
 
-#: How often the same cause at the same step is taken for an accident.
+#: How often the same cause at the same step, which was not passed meanwhile, is taken for an accident.
 _ACCIDENTS = {
     Cause.KILLED: 3,
     Cause.AGENT_LOST: 3,
@@ -53,9 +53,11 @@ class Policy:
         self._windows = 0
         self._without_progress = 0
 
-    def progressed(self) -> None:
-        """A step was finished since the last failure: the next wait is short again."""
+    def progressed(self, done: int) -> None:
+        """So many steps are done: the next wait is short again, and what failed before that step was an accident."""
         self._without_progress = 0
+        for cause, step in [seen for seen in self._seen if seen[1] is not None and seen[1] < done]:
+            del self._seen[cause, step]
 
     def decide(self, failure: Failure) -> Action:
         """What to do about a failure. Counts it."""

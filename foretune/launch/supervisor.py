@@ -158,7 +158,7 @@ class _Supervisor:
             for event in self._forward():
                 if event["kind"] == EventKind.STEP:
                     health.took_step(event["seconds"])
-                    self.policy.progressed()
+                    self.policy.progressed(event["step"])
             if hang is None and (hang := health.hang()) is not None:
                 _kill(health)
             time.sleep(_POLL_SECONDS)

@@ -44,10 +44,21 @@ def test_the_answer_to_each_cause(cause: Cause, kind: str) -> None:
 def test_the_same_crash_at_the_same_step_stops_at_its_second_coming() -> None:
     one, _ = policy()
     assert one.decide(Failure(Cause.CRASHED, "x", step=5)).kind == "restart"
-    one.progressed()
+    one.progressed(5)
     action = one.decide(Failure(Cause.CRASHED, "x", step=5))
     assert action.kind == "stop"
     assert "same step" in action.why
+
+
+def test_what_was_passed_since_was_an_accident() -> None:
+    """A soak killed ranks at one step of a window again and again, each time after others had gone past it."""
+    one, _ = policy(restarts_per_hour=100)
+    for _ in range(10):
+        assert one.decide(Failure(Cause.KILLED, "x", step=5)).kind == "restart"
+        one.progressed(6)
+    assert one.decide(Failure(Cause.CRASHED, "x", step=7)).kind == "restart"
+    one.progressed(7)
+    assert one.decide(Failure(Cause.CRASHED, "x", step=7)).kind == "stop", "step 7 was reached, not passed"
 
 
 def test_other_steps_are_other_accidents() -> None:
@@ -67,7 +78,7 @@ def test_waits_double_without_progress_and_start_again_after_it() -> None:
     one, _ = policy(restarts_per_hour=100)
     waits = [one.decide(Failure(Cause.KILLED, "x", step=step)).wait_seconds for step in range(9)]
     assert waits == [0, 1, 2, 4, 8, 16, 32, 60, 60]
-    one.progressed()
+    one.progressed(10)
     assert one.decide(Failure(Cause.KILLED, "x", step=99)).wait_seconds == 0
 
 
