@@ -96,8 +96,6 @@ class DeepSpeedEngine:
         for group in self._param_groups():
             group["lr"] = learning_rate
         with translated_errors():
-            if self._reduction:
-                self._reduction.flush()
             self._engine.step()
         norm = self._plain_grad_norm if self._plain_grad_norm is not None else self._engine.get_global_grad_norm()
         overflow = bool(getattr(self._engine.optimizer, "overflow", False))
