@@ -17,7 +17,7 @@ from deepspeed.runtime.zero import GatheredParameters
 
 from foretune.checkpoint import layout
 from foretune.checkpoint.snapshot import StateWriter
-from foretune.engine.communication import CommunicationClock
+from foretune.engine.communication import CommunicationClock, gather_in_place
 from foretune.engine.partial_offload import PartialOffload
 from foretune.engine.protocol import StepResult
 from foretune.engine.reduction import ReductionAtStep
@@ -69,6 +69,7 @@ class DeepSpeedEngine:
         self._communication = CommunicationClock()
         self._reduction: ReductionAtStep | None = None
         if device.type == "cpu":
+            gather_in_place(deepspeed.comm.comm.cdb)
             self._communication.watch(deepspeed.comm.comm.cdb)
             if ReductionAtStep.applies(self._engine):
                 self._reduction = ReductionAtStep(self._engine)

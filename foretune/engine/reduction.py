@@ -1,6 +1,6 @@
 """ZeRO 2 on a CPU: the gradients of a global batch cross the wire once, not once a micro-batch.
 
-    micro-batches ──autograd──▶ one flat sum on every rank ──step──▶ each partition reduced to its owner, once
+    micro-batches ──autograd──▶ one flat sum on every rank ──step──▶ all reduced once, each owner takes its partition
 
 DeepSpeed 0.19.8 sends every gradient to its owner as backward makes it, and adds it up there; that saves the memory of
 the parts that others own. Between the ranks of one host gloo moves about 1 GB/s and takes the cores that compute, so
@@ -68,7 +68,7 @@ class ReductionAtStep:
         self._attached = True
 
     def _reduce(self) -> None:
-        """In place of DeepSpeed's end of a global batch: the average of each partition goes to its owner."""
+        """In place of DeepSpeed's end of a global batch: every owner has the average of its partition."""
         zero = self._zero
         if not self._attached:  # a step without a backward pass
             self._attach()
@@ -76,12 +76,11 @@ class ReductionAtStep:
         zero.set_gradient_accumulation_boundary(True)
         for index, sums in enumerate(self._sums):
             group = zero.real_dp_process_group[index]
-            partitions = sums.chunk(comm.get_world_size(group=group))
-            if len(partitions) > 1:
-                sums.div_(len(partitions))
-                for owner, partition in enumerate(partitions):
-                    comm.reduce(partition, comm.get_global_rank(group, owner), group=group)
-            own = partitions[comm.get_rank(group=group)]
+            ranks = comm.get_world_size(group=group)
+            if ranks > 1:
+                sums.div_(ranks)
+                comm.all_reduce(sums, group=group)  # gloo takes longer to reduce each partition to its owner
+            own = sums.chunk(ranks)[comm.get_rank(group=group)]
             # DeepSpeed takes the norm of at most as many pieces as there are parameters, each widened to fp64.
             pieces = own.chunk(max(1, len(zero.params_in_partition[index])))
             zero.averaged_gradients[index] = GradPartitionBufferGroup(list(pieces), own)
