@@ -160,6 +160,7 @@ def main() -> int:
     done = {result["name"] for result in known["results"]}
     cases = _tiny() if given.tiny else _interleaved(_calibration(), _judged())
     cases.sort(key=lambda case: 0 < case.offload < 1)  # last: they compile an optimizer first, for up to a minute
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # as every launch has it
     _import_all()
     ends = time.monotonic() + 60 * given.minutes
     for case in cases:

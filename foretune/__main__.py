@@ -34,6 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ForetuneError as error:
         code = _report(error, words)
     except KeyboardInterrupt:
+        _forget_interruption()
         code = _report(Interrupted(), words)
     except BrokenPipeError:
         # The reader (head, less) has seen enough. Python would complain again when it flushes stdout at exit.
@@ -82,6 +83,14 @@ class Interrupted(ForetuneError):
 
 def _interrupt(_number: int, _frame: object) -> None:
     raise KeyboardInterrupt
+
+
+def _forget_interruption() -> None:
+    """Let the exit code stand. An interruption inside ``exec("…")`` (as dataclasses use it) is remembered by Python.
+
+    Caught or not, ``python -m`` then ends itself with SIGINT instead of the code. The next ``exec`` forgets it.
+    """
+    exec("")
 
 
 def _report(error: ForetuneError, words: Sequence[str]) -> ExitCode:

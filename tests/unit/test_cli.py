@@ -234,3 +234,15 @@ def test_interrupting_a_stage_ends_with_75_and_the_same_command_goes_on(tmp_path
     again = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120, check=False)
     assert again.returncode == 0, again.stderr
     assert PreparedDataset.read(out / "data" / PreparedDataset.file_name).rows_read == 20_000
+
+
+def test_an_interruption_inside_exec_does_not_take_the_exit_code(tmp_path: Path) -> None:
+    """`python -m` would end itself with SIGINT, whatever the code, though the interruption was caught."""
+    (tmp_path / "interrupted.py").write_text(
+        "import sys\n"
+        "import foretune.__main__ as face\n"
+        "face.execute = lambda words: exec('raise KeyboardInterrupt')\n"
+        "sys.exit(face.main(['prepare']))\n"
+    )
+    done = subprocess.run([sys.executable, "-m", "interrupted"], cwd=tmp_path, capture_output=True, check=False)
+    assert done.returncode == 75, done.stderr
