@@ -241,6 +241,7 @@ def test_an_interruption_inside_exec_does_not_take_the_exit_code(tmp_path: Path)
     (tmp_path / "interrupted.py").write_text(
         "import sys\n"
         "import foretune.__main__ as face\n"
+        "face._say('what is imported late runs exec too, and would forget it by chance')\n"
         "face.execute = lambda words: exec('raise KeyboardInterrupt')\n"
         "sys.exit(face.main(['prepare']))\n"
     )
