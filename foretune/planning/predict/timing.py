@@ -22,7 +22,7 @@ from foretune.planning.predict.memory import reduced_at_step, sums_apart
 from foretune.planning.strategy import Strategy, Workload
 
 #: The constants that carry "fitted" were fitted to 23 runs of the 0.5B, 1.5B, GPT-2 and GPT-2 XL shapes on one H100
-#: (`bench/plan_accuracy.py`, its calibration half), and not touched after the other half had judged them.
+#: (`bench/plan_accuracy.py`, its calibration half); the other half judges them.
 #: Of the data sheet's peak, what matmuls reach in training: 784 of 989 TFLOP/s alone, 715 in a row of 1.5B layers.
 MATMUL_SHARE = 0.76
 #: Of the peak, what causal attention over documents of one length reaches, both ways: 1.6 ms for 0.72 TFLOP on an H100.
