@@ -12,13 +12,12 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from measuring import machine, save_result
+from measuring import machine, measured_in_a_child, save_result
 
 MICRO_BATCH, LEARNING_RATE, WARM_UP = 4, 1e-4, 3
 
@@ -75,17 +74,9 @@ def main() -> None:
         for variant in ("bf16", "fp8"):
             spec = {"variant": variant, "shape": SHAPES[asked.shape], "rows": asked.rows, "length": asked.length,
                     "steps": asked.steps, "seed": 0}  # fmt: skip
-            file, answer, log = (Path(work) / f"{variant}{end}" for end in ("-spec.json", ".json", ".log"))
-            file.write_text(json.dumps(spec))
-            environment = os.environ | {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
-            with log.open("w") as out:
-                try:
-                    subprocess.run([sys.executable, __file__, "--child", str(file), str(answer)], stdout=out,
-                                   stderr=out, env=environment, timeout=asked.minutes * 60)  # fmt: skip
-                except subprocess.TimeoutExpired:
-                    print(f"{variant}: cut off after {asked.minutes} minutes", flush=True)
-            said = log.read_text(errors="replace")[-1500:]
-            results[variant] = json.loads(answer.read_text()) if answer.is_file() else {"error": said}
+            results[variant] = measured_in_a_child(
+                __file__, spec, Path(work), name=variant, timeout_seconds=asked.minutes * 60
+            )
             print(variant, json.dumps(results[variant])[:1500], flush=True)
     rates = [results[variant].get("tokens_per_second") for variant in ("fp8", "bf16")]
     ratio = rates[0] / rates[1] if all(rates) else None

@@ -14,13 +14,12 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from measuring import machine, save_result
+from measuring import machine, measured_in_a_child, save_result
 
 LEARNING_RATE = 1e-5
 
@@ -97,18 +96,8 @@ def main() -> None:
         for variant in asked.variants.split(","):
             spec = {"variant": variant, "shape": SHAPES[asked.shape], "lengths": lengths, "tile": asked.tile,
                     "steps": asked.steps, "eager": asked.eager}  # fmt: skip
-            file, answer, log = (Path(work) / f"{variant}{end}" for end in ("-spec.json", ".json", ".log"))
-            file.write_text(json.dumps(spec))
-            environment = os.environ | {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
-            with log.open("w") as out:
-                try:
-                    subprocess.run([sys.executable, __file__, "--child", str(file), str(answer)], stdout=out,
-                                   stderr=out, env=environment, timeout=asked.minutes * 60)  # fmt: skip
-                except subprocess.TimeoutExpired:
-                    print(f"{variant}: cut off after {asked.minutes} minutes", flush=True)
-            said = log.read_text(errors="replace")
-            result = json.loads(answer.read_text()) if answer.is_file() else {"error": said[-1500:], "lengths": {}}
-            for length, one in result["lengths"].items():
+            result = measured_in_a_child(__file__, spec, Path(work), name=variant, timeout_seconds=asked.minutes * 60)
+            for length, one in result.get("lengths", {}).items():
                 if "tokens_per_second" in one:
                     flops = flops_per_token(SHAPES[asked.shape], int(length), "full")
                     one["mfu"] = one["tokens_per_second"] * flops / (asked.peak_tflops * 1e12)

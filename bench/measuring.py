@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import platform
+import subprocess
+import sys
 import threading
 from datetime import UTC, datetime
 from importlib import metadata
@@ -52,6 +54,28 @@ def save_result(name: str, values: dict[str, Any], *, folder: Path | None = None
     path.write_text(json.dumps({"date": f"{now:%Y-%m-%dT%H:%MZ}", **values}, indent=1) + "\n")
     print(f"written: {path}")
     return path
+
+
+def measured_in_a_child(
+    script: str, spec: dict[str, Any], folder: Path, *, name: str, timeout_seconds: float, **environment: str
+) -> dict[str, Any]:
+    """What ``python SCRIPT --child SPEC ANSWER`` writes as its answer; ``{"error": …}`` with its last words if nothing.
+
+    A process of its own, as every launch has it: fresh, and with memory in expandable segments.
+    """
+    file, answer, log = (folder / f"{name}{end}" for end in ("-spec.json", ".json", ".log"))
+    file.write_text(json.dumps(spec))
+    environment = os.environ | {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"} | environment
+    with log.open("w") as out:
+        try:
+            subprocess.run([sys.executable, script, "--child", str(file), str(answer)], stdout=out, stderr=out,
+                           env=environment, timeout=timeout_seconds)  # fmt: skip
+        except subprocess.TimeoutExpired:
+            print(f"{name}: cut off after {timeout_seconds:.0f} s", flush=True)
+    if not answer.is_file():
+        return {"error": log.read_text(errors="replace")[-1500:]}
+    result: dict[str, Any] = json.loads(answer.read_text())
+    return result
 
 
 def assignment_of(**given: Any) -> Any:

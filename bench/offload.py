@@ -19,14 +19,13 @@ import json
 import os
 import resource
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-from measuring import machine, save_result
+from measuring import machine, measured_in_a_child, save_result
 
 MICRO_BATCH, ACCUMULATION = 4, 4
 RATIO = 0.7  # of DeepSpeed's partial offload: what the host's 125 GiB allow
@@ -91,22 +90,12 @@ def run(spec: dict[str, Any]) -> dict[str, Any]:
 
 def measure(spec: dict[str, Any], folder: Path, timeout_seconds: float) -> dict[str, Any]:
     """One contender in a process of its own."""
-    name = spec["contender"]
-    file, answer, log = folder / f"{name}-spec.json", folder / f"{name}.json", folder / f"{name}.log"
-    file.write_text(json.dumps(spec))
-    environment = os.environ | {
-        "OMP_NUM_THREADS": str(len(os.sched_getaffinity(0))),
-        "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
-    }
-    with log.open("w") as out:
-        try:
-            subprocess.run([sys.executable, __file__, "--child", str(file), str(answer)], stdout=out, stderr=out,
-                           env=environment, timeout=timeout_seconds)  # fmt: skip
-        except subprocess.TimeoutExpired:
-            print(f"{name}: cut off after {timeout_seconds:.0f} s", file=out)
-    if not answer.is_file():
-        return {"error": log.read_text(errors="replace")[-1500:]}
-    result: dict[str, Any] = json.loads(answer.read_text())
+    cores = str(len(os.sched_getaffinity(0)))
+    result = measured_in_a_child(
+        __file__, spec, folder, name=spec["contender"], timeout_seconds=timeout_seconds, OMP_NUM_THREADS=cores
+    )
+    if "error" in result:
+        return result
     settled = slice(2, None) if len(result["step_seconds"]) > 2 else slice(None)  # compiling, page-locking
     seconds = statistics.median(result["step_seconds"][settled])
     phases = result["phases"][settled]
