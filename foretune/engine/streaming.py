@@ -173,12 +173,19 @@ class StreamedStates:
         state = self._optimizer.state.get(flat.parameter, {})
         flat.near = [flat.far[0][: flat.cut].to(flat.low.device, copy=True)]
         if state:
-            states = [state[name] for name in _STATES]
-            self._ready = self._ready and all(a is b for a, b in zip(states, flat.far[1:], strict=True))
-            flat.far = [flat.far[0], *states]
-            flat.near += [far[: flat.cut].to(flat.low.device, copy=True) for far in states]
+            for number, name in enumerate(_STATES, 1):
+                self._keep(flat, number, state.pop(name))
+            flat.near += [far[: flat.cut].to(flat.low.device, copy=True) for far in flat.far[1:]]
             flat.step = state["step"].to(flat.low.device, torch.float32, copy=True)
             self._show(flat)
+
+    @staticmethod
+    def _keep(flat: _Flat, number: int, state: torch.Tensor) -> None:
+        """Copy a state into memory that is ours alone: what was loaded may share pages, which can't be locked then."""
+        if len(flat.far) == number:
+            flat.far.append(_host_zeros(flat.parameter.numel()))
+        if state is not flat.far[number]:
+            flat.far[number].copy_(state)
 
     def _show(self, flat: _Flat) -> None:
         """Let the optimizer's state, which DeepSpeed saves, name the host's tensors."""

@@ -6,6 +6,7 @@ so small that every slot is used several times.
 
 import hashlib
 import json
+import mmap
 import sys
 from functools import partialmethod
 from pathlib import Path
@@ -16,10 +17,27 @@ from step_costs import DEVICE, config_of
 
 from foretune.config.schema import TrainConfig
 from foretune.distributed import rank_info
-from foretune.engine import DeepSpeedEngine, build_optimizer, close_group, open_group
+from foretune.engine import DeepSpeedEngine, build_optimizer, close_group, open_group, streaming
 from foretune.engine.streaming import StreamedStates
 
 SAVED, LAST = 4, 7
+
+
+class PageLock:
+    """Stands in for `cudaHostRegister`, which refuses a range if another that is locked has a page of it."""
+
+    def __init__(self) -> None:
+        self.locked: list[tuple[int, int, torch.Tensor]] = []  # held, so that no address comes twice
+
+    def __call__(self, tensor: torch.Tensor, start: int, device: torch.device) -> None:
+        part = tensor[start:]
+        first, stop = part.data_ptr(), part.data_ptr() + part.nbytes
+        if part.numel() == 0 or any(a <= first and stop <= b for a, b, _ in self.locked):  # `is_pinned`
+            return
+        first, stop = first - first % mmap.PAGESIZE, stop + -stop % mmap.PAGESIZE
+        assert all(stop <= a or b <= first for a, b, _ in self.locked), "a page is locked already"
+        assert first == part.data_ptr(), "the first page is shared with other memory"
+        self.locked.append((first, stop, tensor))
 
 
 def build(share: float, optimizer_name: str) -> DeepSpeedEngine:
@@ -77,6 +95,8 @@ def resume(folder: Path, share: float, optimizer_name: str, *, saved_by: float, 
 def main() -> None:
     folder = Path(sys.argv[1])
     open_group(rank_info())
+    if DEVICE.type == "cpu":
+        streaming._lock_pages = PageLock()
     StreamedStates.__init__ = partialmethod(StreamedStates.__init__, piece=4096)
     result = {
         name: {
