@@ -53,11 +53,17 @@ class UserError(ForetuneError):
         super().__init__(f"{field}: {problem}")
 
     def __str__(self) -> str:
-        given = "" if self.value is None else f" = {self.value!r}"
+        given = "" if self.value is None else f" = {_shortened(repr(self.value))}"
         return f"{self.field}{given}: {self.problem}\n  mend: {self.mend}"
 
     def __reduce__(self) -> tuple[type[UserError], tuple[str, object, str, str]]:  # crosses process pools whole
         return type(self), (self.field, self.value, self.problem, self.mend)
+
+
+def _shortened(text: str, *, width: int = 200) -> str:
+    """`text`, cut in the middle where it would fill the screen."""
+    half = (width - 3) // 2
+    return text if len(text) <= width else f"{text[:half]}...{text[-half:]}"
 
 
 class ConfigError(UserError):

@@ -1,6 +1,7 @@
 """Taking the state of a rank out of its process, so that training can go on while it is written to disk.
 
     engine.save(write) ──▶ `MemoryWriter` ──torch.save──▶ anonymous shared memory of the supervisor ──▶ disk, later
+                      │                   └─ from a GPU: through a page-locked window, see `foretune.checkpoint.window`
                       └──▶ `FolderWriter` ──torch.save──▶ disk, now (where host memory has no room for a copy)
 
 The memory is a memfd that the supervisor made: it outlives the rank that wrote it, so that a snapshot survives a crash
@@ -10,15 +11,18 @@ of all ranks, and it is gone with the last process that has it open, so that not
 
 from __future__ import annotations
 
-import io
 import os
 import random
 import threading
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
+
+from foretune.checkpoint.files import WholeWrites
+from foretune.checkpoint.window import HostWindow
 
 #: What torch aligns tensors to within an archive; keeping archives so aligned keeps them mappable.
 _ALIGNMENT = 64
@@ -52,15 +56,23 @@ class MemoryWriter:
     """
 
     def __init__(self, path: Path, *, expected_bytes: int) -> None:
-        self._file = io.FileIO(os.open(path, os.O_RDWR), "r+")
+        self._file = WholeWrites(os.open(path, os.O_RDWR), "r+")
+        self._expected_bytes = max(1, expected_bytes)
         self._blobs: list[tuple[str, int, int]] = []
         self._end = 0
-        self._prefault = threading.Thread(target=self._make_pages, args=(expected_bytes,), daemon=True)
-        self._prefault.start()
+        self._window: HostWindow | None = None
+        self._background = threading.Thread(target=self._make_pages, daemon=True)
+        self._background.start()
+
+    def open_window(self, device: torch.device) -> None:
+        """Let tensors on `device` come by the fastest way; made in the background."""
+        self._background.join()
+        self._background = threading.Thread(target=self._make_window, args=(device,), daemon=True)
+        self._background.start()
 
     def begin(self) -> None:
         """Forget the last snapshot; the memory is used again."""
-        self._prefault.join()
+        self._background.join()
         self._blobs, self._end = [], 0
 
     def __call__(self, name: str, state: Any) -> None:
@@ -69,7 +81,10 @@ class MemoryWriter:
         # The supervisor takes a sha256 of every byte; torch's CRC of each tensor would only slow the copy down.
         torch.serialization.set_crc32_options(False)
         try:
-            torch.save(state, self._file)
+            if self._window is not None:
+                self._window.save(state, self._file)
+            else:
+                torch.save(state, self._file)
         finally:
             torch.serialization.set_crc32_options(True)
         self._end = self._file.tell()
@@ -81,14 +96,17 @@ class MemoryWriter:
 
     def close(self) -> None:
         """Let go of the memory; what is in it stays while others hold it."""
-        self._prefault.join()
+        self._background.join()
         self._file.close()
 
-    def _make_pages(self, size: int) -> None:
-        try:
-            os.posix_fallocate(self._file.fileno(), 0, max(1, size))
-        except OSError:  # no room to reserve: pages are then made as they are written
-            return
+    def _make_pages(self) -> None:
+        with suppress(OSError):  # no room to reserve: pages are then made as they are written
+            os.posix_fallocate(self._file.fileno(), 0, self._expected_bytes)
+
+    def _make_window(self, device: torch.device) -> None:
+        with suppress(OSError):
+            # A little more than expected: archives have heads, and what is beyond the window goes the slow way.
+            self._window = HostWindow(self._file.fileno(), self._expected_bytes * 51 // 50, device)
 
 
 def seed_everything(seed: int) -> None:

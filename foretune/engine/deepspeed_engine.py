@@ -28,6 +28,7 @@ from foretune.errors import MachineFault
 
 #: DeepSpeed keeps a checkpoint in a folder named by a tag; ours is always this one.
 ENGINE_TAG = "engine"
+_NCCL_OUT_OF_MEMORY = ("Failed to CUDA calloc", "Failed to CUDA malloc", "Cuda failure 'out of memory'")
 
 
 class DeepSpeedEngine:
@@ -133,7 +134,7 @@ class DeepSpeedEngine:
 
     def save(self, write: StateWriter) -> None:
         # save_latest=False: the tag file is written before DeepSpeed's last barrier and has no meaning for us.
-        with self._whole_on_host(), redirected_saves(self._engine, write) as root:
+        with translated_errors(), self._whole_on_host(), redirected_saves(self._engine, write) as root:
             self._engine.save_checkpoint(
                 root, tag=ENGINE_TAG, save_latest=False, exclude_frozen_parameters=not self._save_frozen
             )
@@ -141,7 +142,7 @@ class DeepSpeedEngine:
             write(layout.device_states_file(self.rank), self._partial_offload.state_dict())
 
     def load(self, folder: Path) -> None:
-        with self._whole_on_host():
+        with translated_errors(), self._whole_on_host():
             path, _ = self._engine.load_checkpoint(
                 str(folder),
                 tag=ENGINE_TAG,
@@ -212,6 +213,9 @@ def translated_errors() -> Iterator[None]:
         cause = f"device out of memory: {str(error).splitlines()[0]}"
         raise MachineFault(cause, kind="device_out_of_memory") from error
     except torch.distributed.DistError as error:
+        if any(words in str(error) for words in _NCCL_OUT_OF_MEMORY):  # it makes its buffers at its first collective
+            cause = f"device out of memory: {str(error).splitlines()[-1]}"
+            raise MachineFault(cause, kind="device_out_of_memory") from error
         raise MachineFault(f"communication failed: {str(error).splitlines()[0]}", kind="communication") from error
     except RuntimeError as error:
         text = str(error)

@@ -20,6 +20,7 @@ from typing import Any
 
 from foretune.artifacts import Checkpoint, RankFile, RunFolder
 from foretune.checkpoint import layout, store
+from foretune.checkpoint.files import WholeWrites
 from foretune.config.schema import CheckpointConfig
 from foretune.errors import ForetuneError
 from foretune.events import EventKind, Journal
@@ -133,7 +134,7 @@ def _write(memory: int, offset: int, length: int, path: Path) -> RankFile:
     path.parent.mkdir(parents=True, exist_ok=True)
     digest = hashlib.sha256()
     end = offset + length
-    with path.open("wb", buffering=0) as file:
+    with WholeWrites(path, "wb") as file:
         while offset < end:
             block = os.pread(memory, min(_BLOCK, end - offset), offset)
             if not block:

@@ -60,6 +60,8 @@ class CheckpointHook:
         self._enter, self._faults = enter, faults
         self._write_extras, self._write_final = write_extras, write_final
         self._measure, self._on_save = measure, on_save
+        if memory is not None and engine.device.type == "cuda":
+            memory.open_window(engine.device)
 
     def after_step(self, report: StepReport, state: TrainState) -> None:
         last = state.step >= self._plan.total_steps

@@ -158,6 +158,13 @@ def test_all_faults_are_told_at_once(capsys: pytest.CaptureFixture[str]) -> None
     assert captured.err.count("mend:") == 4
 
 
+def test_a_value_never_fills_the_screen(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", "--model", "m", "--data", "d.jsonl", "--method", "x" * 5000]) == 2
+    told = capsys.readouterr().err
+    assert "xxx...xxx" in told
+    assert len(told) < 600
+
+
 def test_values_from_outside_cannot_steer_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["run", "--model", "m", "--data", "\x1b]0;owned\x07.jsonl", "--method", "\x1b[2J"]) == 2
     assert "\x1b" not in capsys.readouterr().err

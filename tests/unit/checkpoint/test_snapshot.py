@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from foretune.checkpoint.files import WholeWrites
 from foretune.checkpoint.snapshot import FolderWriter, MemoryWriter, load_random_state, random_state, seed_everything
 
 WRITE = """
@@ -57,6 +58,72 @@ def test_memory_and_folder_hold_the_same(memory: int, tmp_path: Path) -> None:
     first, second = (torch.load(tmp_path / name, weights_only=False) for name in ("engine/a.pt", "from-memory.pt"))
     assert torch.equal(first["weights"], second["weights"])
     assert first["name"] == second["name"]
+
+
+class _Holder:
+    """An object that carries a tensor, as DeepSpeed's states do."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor = tensor
+
+
+@pytest.mark.parametrize("expected_bytes", [1 << 16, 2000])  # the window holds all of it, or a part
+def test_a_window_gives_the_archive_that_torch_saves(memory: int, tmp_path: Path, expected_bytes: int) -> None:
+    numbers = torch.arange(1000.0)
+    state = {
+        "shared": [numbers, numbers[3:], numbers.view(10, 100).T],
+        "parameter": torch.nn.Parameter(torch.randn(5, 3)),
+        "half": torch.randn(7).bfloat16(),
+        "empty": torch.empty(0),
+        "module": torch.nn.Linear(4, 2).state_dict(),
+        "holder": _Holder(torch.ones(3, dtype=torch.int64)),
+        "step": 3,
+    }
+    writer = MemoryWriter(Path(f"/proc/{os.getpid()}/fd/{memory}"), expected_bytes=expected_bytes)
+    writer.open_window(torch.device("cpu"))
+    for _ in range(2):  # the second time there is something in the holes already
+        writer.begin()
+        writer("a.pt", {"x": torch.randn(11)})
+        writer("b.pt", state)
+    blobs = writer.take()
+    writer.close()
+    for name, offset, length in blobs:
+        (tmp_path / name).write_bytes(os.pread(memory, length, offset))
+    plain = Path(tmp_path / "plain.pt")
+    with WholeWrites(plain, "wb") as file:  # to a file object, and without sums, as the writer does
+        torch.serialization.set_crc32_options(False)
+        torch.save(state, file)
+        torch.serialization.set_crc32_options(True)
+    assert (tmp_path / "b.pt").read_bytes() == plain.read_bytes()
+    assert torch.equal(torch.load(tmp_path / "b.pt", weights_only=False)["shared"][2], numbers.view(10, 100).T)
+
+
+def test_what_the_kernel_takes_in_parts_is_written_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Linux writes at most 2 GiB at a time; here 1,000 bytes."""
+
+    write = os.write
+    monkeypatch.setattr(os, "write", lambda number, data: write(number, memoryview(data)[:1000]))
+    weights = torch.randn(10_000)
+    with WholeWrites(tmp_path / "a.pt", "wb") as file:
+        torch.save({"weights": weights}, file)
+    monkeypatch.undo()
+    assert torch.equal(torch.load(tmp_path / "a.pt")["weights"], weights)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("window", [False, True])
+def test_a_tensor_of_more_than_two_gibibytes(memory: int, window: bool) -> None:
+    path = Path(f"/proc/{os.getpid()}/fd/{memory}")
+    writer = MemoryWriter(path, expected_bytes=1)
+    if window:
+        writer.open_window(torch.device("cpu"))
+    writer.begin()
+    weights = torch.arange(550_000_000, dtype=torch.int32)
+    writer("a.pt", {"weights": weights, "after": torch.ones(3)})
+    writer.close()
+    state = torch.load(str(path), mmap=True)
+    assert torch.equal(state["weights"], weights)
+    assert state["after"].sum() == 3
 
 
 def test_random_states_go_on_where_they_were(tmp_path: Path) -> None:
