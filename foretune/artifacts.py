@@ -228,6 +228,7 @@ class Plan(Artifact):
     precision: Literal["fp32", "bf16", "fp16"]
     zero_stage: Literal[0, 1, 2, 3]
     offload_optimizer: float  # share of the optimizer states in host memory, 0 to 1
+    offload_optimizer_step: Literal["device", "host"] = "host"  # who steps them: device: they pass through it (ZeRO-1)
     offload_param: bool
     micro_batch_size_per_gpu: int
     gradient_accumulation_steps: int
@@ -253,6 +254,20 @@ class Plan(Artifact):
     rejected: list[Alternative]
     optimizer_dtype: Literal["fp32", "bf16"] = "fp32"  # of master weights and optimizer states
     arithmetic: list[Derivation] = []  # how the predicted memory comes about, symbol by symbol
+
+    @property
+    def streams_optimizer(self) -> bool:
+        """Whether states in host memory pass through the device to be stepped (`foretune.engine.streaming`)."""
+        return self.offload_optimizer > 0 and self.offload_optimizer_step == "device"
+
+    @property
+    def strategy_name(self) -> str:
+        """As people say it: ``ZeRO-1 + 85% of the optimizer streamed from host memory``."""
+        name = f"ZeRO-{self.zero_stage}"
+        if self.offload_optimizer:
+            place = "streamed from" if self.streams_optimizer else "in"
+            name += f" + {self.offload_optimizer:.0%} of the optimizer {place} host memory"
+        return name + (" + parameters in host memory" if self.offload_param else "")
 
 
 class RankFile(Artifact):

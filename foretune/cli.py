@@ -133,7 +133,7 @@ def plan(
 
     Example:  foretune plan --model Qwen/Qwen2.5-7B --hardware 2xA100-80GB
     """
-    from foretune.pipeline import NO_DATA, confirm, plan_for
+    from foretune.pipeline import NO_DATA, confirm, plan_for, plan_for_deepspeed_alone
     from foretune.reporting.plan_view import dry_run_view, plan_view
 
     wanted = _wanted(
@@ -147,9 +147,14 @@ def plan(
         allow_numerics=allow_numerics,
         trust_remote_code=trust_remote_code,
     )
-    made = plan_for(wanted, hardware=hardware, nproc=nproc, out=out, tokens=tokens)
+    given: dict[str, Any] = {"hardware": hardware, "nproc": nproc, "out": out, "tokens": tokens}
+    made = plan_for(wanted, **given)
     if deepspeed_config is not None:
-        text = json.dumps(made.deepspeed_config, indent=2) + "\n"
+        elsewhere = plan_for_deepspeed_alone(made, wanted, **given)
+        if elsewhere is not made:
+            instead = f"{elsewhere.strategy_name}, {elsewhere.predicted.step_seconds:.3g} s a step"
+            typer.echo(f"DeepSpeed alone does not stream the optimizer; its file is for {instead}", err=True)
+        text = json.dumps(elsewhere.deepspeed_config, indent=2) + "\n"
         if str(deepspeed_config) == "-":
             typer.echo(text, nl=False)
             return

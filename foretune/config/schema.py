@@ -114,6 +114,10 @@ class PlanConfig(Section):
     offload_optimizer: Annotated[bool, Field()] | Annotated[float, Field(ge=0, le=1)] | Auto = Field(
         "auto", description="keep optimizer states in host memory: true, false or a ratio"
     )
+    offload_optimizer_step: Annotated[
+        Literal["auto", "device", "host"],
+        Field(description="who steps an offloaded optimizer: device, through which it passes (ZeRO-1), or host"),
+    ] = "auto"
     offload_param: Annotated[bool | Auto, Field(description="keep parameters in host memory (stage 3)")] = "auto"
     micro_batch_size_per_gpu: Annotated[PositiveInt | Auto, Field(description="rows per forward pass on one rank")] = (
         "auto"

@@ -90,7 +90,8 @@ def _write(run: RunFolder, plan: Plan, config: Config) -> None:
     for section in ("offload_optimizer", "offload_param"):
         if section in zero:
             zero[section] = {"device": "cpu", "pin_memory": False}
-    whole = float(plan.offload_optimizer > 0)  # a part would need a kernel that can't run on fake tensors
+    # A part would need a kernel that can't run on fake tensors; what is streamed is the same states, on the device.
+    whole = float(plan.offload_optimizer > 0 and not plan.streams_optimizer)
     changes = {"model": str(folder), "deepspeed_config": values, "offload_optimizer": whole}
     plan.model_copy(update=changes).write(run.plan)
     write_atomically(run.config, to_yaml(config.model_copy(update={"from_scratch": True})))

@@ -138,12 +138,14 @@ class StreamedStates:
         cut = min(n, -(-int((1.0 - share) * n) // _ALIGNMENT) * _ALIGNMENT)
         master = _host_zeros(n)
         master[cut:].copy_(parameter.data[cut:])
+        near = parameter.data[:cut].to("cpu", copy=True)  # on the device, building would take more than training
+        parameter.data = _without_memory(n, parameter.device)
         flat = _Flat(
             parameter,
             self._optimizer.param_groups[index],
             zero.bf16_partitioned_groups[index][rank],
             cut,
-            near=[parameter.data[:cut].clone()],
+            near=[],
             far=[master],
             step=torch.zeros((), device=parameter.device),
         )
@@ -152,7 +154,7 @@ class StreamedStates:
             if mapping is not None:
                 where = mapping.hp_fragment_address
                 mapping.hp_fragment = master.narrow(0, where.start, where.numel)
-        parameter.data = _without_memory(n, flat.low.device)
+        flat.near.append(near.to(parameter.device))
         return flat
 
     def _prepare(self) -> None:

@@ -136,6 +136,21 @@ def plan_for(
     )
 
 
+def plan_for_deepspeed_alone(made: Plan, config: Config, **given: Any) -> Plan:
+    """The plan whose DeepSpeed file says all there is: `made`, or the best whose optimizer is not streamed.
+
+    Args:
+        given: as for `plan_for`.
+
+    Raises:
+        UserError, NoPlanFits: there is no such plan.
+    """
+    if not made.streams_optimizer:
+        return made
+    pins = config.plan.model_copy(update={"offload_optimizer_step": "host"})
+    return plan_for(config.model_copy(update={"plan": pins}), **given)
+
+
 def confirm(made: Plan, config: Config) -> dict[str, Any]:
     """Build the plan's engine on fake tensors: what it holds against what was predicted (`foretune.dryrun.DryRun`)."""
     from foretune.dryrun import dry_run

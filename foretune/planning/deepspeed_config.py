@@ -96,7 +96,7 @@ def _zero_section(work: Workload, strategy: Strategy, cluster: Cluster, nvme_pat
             "sub_group_size": strategy.sub_group_size,
             "stage3_gather_16bit_weights_on_model_save": False,  # weights are consolidated from the checkpoint, offline
         }
-    if strategy.offload_optimizer:
+    if strategy.offload_optimizer and not strategy.streamed:  # DeepSpeed knows nothing of what is streamed
         section["offload_optimizer"] = {"device": "cpu", "pin_memory": pinned}
         if stage == 3:
             section["offload_optimizer"]["ratio"] = strategy.offload_optimizer

@@ -5,6 +5,7 @@ from __future__ import annotations
 from foretune.artifacts import Alternative, Cluster, Decision, Prediction
 from foretune.config import Config
 from foretune.planning.predict import host, memory
+from foretune.planning.predict.timing import starting_seconds
 from foretune.planning.search import EQUALLY_FAST, Candidate, best_of_families, family_of
 from foretune.planning.strategy import Strategy, Workload, gib
 
@@ -69,8 +70,7 @@ def explain_strategy(
     recompute = (
         f"{s.checkpointed_layers} of {layers} layers, the fewest that fit" if s.checkpointed_layers else "all fit"
     )
-    where = f"to {config.plan.nvme_path}" if s.nvme else f"{gib(best.host_bytes)} of host memory a machine"
-    offloaded = f"the device alone is too small; {where}"
+    offloaded = _explain_offload(config, work, cluster, best, candidates)
     batch = _explain_batch(work, cluster, s)
     reasons: dict[str, tuple[object, str]] = {
         "zero_stage": (s.zero_stage, _explain_stage(cluster, best, candidates)),
@@ -78,6 +78,7 @@ def explain_strategy(
             s.offload_optimizer,
             offloaded if s.offload_optimizer else "the optimizer fits on the device",
         ),
+        "offload_optimizer_step": ("device" if s.streamed else "host", _explain_step(s)),
         "offload_param": (s.offload_param, offloaded if s.offload_param else "the parameters fit on the device"),
         "optimizer_dtype": ("bf16" if s.bf16_states else "fp32", _explain_states(config, s)),
         "micro_batch_size_per_gpu": (s.micro_batch_size, batch),
@@ -96,6 +97,30 @@ def explain_strategy(
         used = "used" if s.nvme else "not needed: " + ("memory is enough" if best.fits else "nothing fits")
         decisions.append(Decision(field="plan.nvme_path", value=config.plan.nvme_path, reason=used, pinned=True))
     return decisions
+
+
+def _explain_offload(
+    config: Config, work: Workload, cluster: Cluster, best: Candidate, candidates: list[Candidate]
+) -> str:
+    s = best.strategy
+    without = [one for one in candidates if one.fits and not one.strategy.offload_optimizer]
+    if without:
+        least = min(without, key=lambda one: one.seconds)
+        why = f"{best.seconds:.3g} s a step; {least.strategy.name} takes {least.seconds:.3g}"
+    else:
+        why = "the device alone is too small"
+    where = f"to {config.plan.nvme_path}" if s.nvme else f"{gib(best.host_bytes)} of host memory a machine"
+    if s.streamed:
+        where += f", whose pages are locked once, in {starting_seconds(work, s, cluster):.0f} s"
+    return f"{why}; {where}"
+
+
+def _explain_step(s: Strategy) -> str:
+    if not s.offload_optimizer:
+        return "no effect: nothing is offloaded"
+    if s.streamed:
+        return "states pass through the device, up and down at once, and the device steps them: the bits of no offload"
+    return "the host's cores step what lies there"
 
 
 def _explain_states(config: Config, s: Strategy) -> str:

@@ -24,7 +24,7 @@ from foretune.planning.mathematics import DataEstimate, DataFacts, decide
 from foretune.planning.predict import host
 from foretune.planning.predict.arithmetic import derivations
 from foretune.planning.predict.calibration import Calibration
-from foretune.planning.predict.timing import flops_per_row
+from foretune.planning.predict.timing import flops_per_row, starting_seconds
 from foretune.planning.search import Candidate
 from foretune.planning.shapes import known_shape, nearest_names
 from foretune.planning.strategy import Precision, Strategy, Workload, gib
@@ -101,6 +101,7 @@ def make_plan(
         precision=precision.value,
         zero_stage=chosen.zero_stage,
         offload_optimizer=chosen.offload_optimizer,
+        offload_optimizer_step="device" if chosen.streamed else "host",
         offload_param=chosen.offload_param,
         optimizer_dtype="bf16" if chosen.bf16_states else "fp32",
         micro_batch_size_per_gpu=chosen.micro_batch_size,
@@ -175,6 +176,7 @@ def work_and_strategy(config: Config, plan: Plan, shape: ModelShape) -> tuple[Wo
         accumulation_steps=plan.gradient_accumulation_steps,
         checkpointed_layers=plan.checkpointed_layers,
         offload_optimizer=plan.offload_optimizer,
+        streamed=plan.streams_optimizer,
         offload_param=plan.offload_param,
         loss_chunk_tokens=plan.loss_chunk_tokens,
         reduce_bucket_size=zero.get("reduce_bucket_size", 0),
@@ -280,7 +282,7 @@ def prediction(
     host_parts = host.host_parts(work, one.strategy, cluster)
     if host.snapshot_fits(work, one.strategy, cluster):
         host_parts["snapshot of a checkpoint"] = host.snapshot_bytes(work, one.strategy, cluster)
-    total_seconds = total_steps * one.seconds
+    total_seconds = total_steps * one.seconds + starting_seconds(work, one.strategy, cluster)
     flops = work.rows * flops_per_row(work) / (one.seconds * cluster.world_size)
     device_hours = cluster.world_size * total_seconds / 3600
     price, watts = cluster.price_per_hour, cluster.accelerator.watts

@@ -1,6 +1,6 @@
 """Another plan after the device's memory did not do: the same mathematics, less memory at a time.
 
-smaller micro-batches, more of them ──still too much──▶ more layers recompute ──▶ None: there is nothing left to give
+smaller micro-batches, more of them ──▶ more layers recompute ──▶ a streamed optimizer leaves the device whole ──▶ None
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from foretune.planning.shapes import known_shape
 
 
 def after_out_of_memory(plan: Plan) -> Plan | None:
-    """Half the micro-batch at the same global batch; at one row, every layer recomputed; then None.
+    """Half the micro-batch at the same global batch; at one row, every layer recomputed; all streamed; then None.
 
     The update stays the same up to floating-point order. Predictions stay those of the first plan.
     """
@@ -40,6 +40,10 @@ def after_out_of_memory(plan: Plan) -> Plan | None:
         reason = f"the device ran out of memory with {plan.checkpointed_layers} of {layers} layers recomputed"
         decision = Decision(field="plan.checkpointed_layers", value=layers, reason=reason)
         return _changed(plan, decision, checkpointed_layers=layers)
+    if plan.streams_optimizer and plan.offload_optimizer < 1:
+        reason = f"the device ran out of memory with {1 - plan.offload_optimizer:.0%} of the optimizer on it"
+        decision = Decision(field="plan.offload_optimizer", value=1.0, reason=reason)
+        return _changed(plan, decision, offload_optimizer=1.0)
     return None
 
 

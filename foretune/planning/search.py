@@ -4,7 +4,9 @@
         ──memory──▶ those that fit ──time──▶ the fastest
 
 For each layout, micro-batch and chunk the fewest checkpointed layers that fit are found by bisection: each costs time
-and frees memory, so nothing between is worth looking at. Of candidates within 2 % of the fastest, the one with the
+and frees memory, so nothing between is worth looking at. A streamed optimizer costs time for every byte that leaves the
+device, a kept layer frees time for every byte that stays: both are linear, so one of them goes as far as it can, the
+other follows. Of candidates within 2 % of the fastest, the one with the
 least machinery and memory wins. Pins narrow the search; what cannot be is refused with the reason. Buckets and
 sub-groups are derived from the model (`buckets_for`) unless they are pinned.
 """
@@ -13,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from math import ceil
+from math import ceil, floor
 
 from foretune.artifacts import Cluster
 from foretune.config import Config
@@ -27,8 +29,10 @@ from foretune.planning.strategy import Stage, Strategy, Workload
 CPU_MICRO_BATCH_TOKENS = 4096
 #: Candidates this near to the fastest count as equally fast.
 EQUALLY_FAST = 1.02
-#: Shares of the optimizer that may be offloaded at stage 3.
+#: Shares of the optimizer that may be offloaded at stage 3 by DeepSpeed.
 OFFLOAD_RATIOS = tuple(round(0.1 * tenth, 1) for tenth in range(1, 11))
+#: Steps of the share that is streamed: any will do, a hundredth is close enough to what just fits.
+STREAMED_STEPS = 100
 #: Tokens whose logits may exist at the same time: more is faster up to about 4096, less needs less memory.
 LOSS_CHUNKS = (4096, 2048, 1024, 512)
 
@@ -68,9 +72,14 @@ def refuse_impossible_pins(config: Config, work: Workload, cluster: Cluster) -> 
         raise UserError(field, share, "on a CPU there is no device to share the optimizer with", "remove the key")
     if share and plan.zero_stage == 0:
         raise UserError(field, plan.offload_optimizer, "ZeRO-0 cannot offload", "set plan.zero_stage to 1, 2 or 3")
-    if share is not None and 0 < share < 1:
+    obstacle = streaming_obstacle(config, work, cluster)
+    if plan.offload_optimizer_step == "device" and obstacle:
+        problem = f"states cannot pass through the device: {obstacle}"
+        raise UserError("plan.offload_optimizer_step", "device", problem, "use auto or host")
+    if share is not None and 0 < share < 1 and obstacle:
         if plan.zero_stage not in ("auto", 3):
-            raise UserError(field, share, "only ZeRO-3 offloads a part of the optimizer", "set plan.zero_stage to 3")
+            problem = f"only ZeRO-3 offloads a part of the optimizer, or ZeRO-1 where it can be streamed ({obstacle})"
+            raise UserError(field, share, problem, "set plan.zero_stage to 3")
         if config.train.optimizer != "adamw":
             problem = "DeepSpeed offloads a part of the optimizer for AdamW only"
             raise UserError(field, share, problem, "use true or false")
@@ -102,6 +111,30 @@ def _refuse_bf16_states(config: Config, work: Workload, share: float | None) -> 
         raise UserError(field, "bf16", "a bf16 master is stepped with bf16 gradients", "do not pin the sums to fp32")
 
 
+def streaming_obstacle(config: Config, work: Workload, cluster: Cluster) -> str | None:
+    """Why an offloaded optimizer cannot be streamed (`foretune.engine.streaming`); None if it can."""
+    plan = config.plan
+    if cluster.accelerator.kind != "cuda":
+        return "there is no device to pass through"
+    if plan.offload_optimizer_step == "host":
+        return "plan.offload_optimizer_step is host"
+    if work.lora_rank:
+        return "the states of adapters are small"
+    if work.precision != "bf16" or work.accumulation_dtype != "fp32":
+        return f"it takes bf16 weights and fp32 sums, not {work.precision} and {work.accumulation_dtype}"
+    if config.train.optimizer == "sgd":
+        return "it is written for Adam"
+    if plan.zero_stage not in ("auto", 1):
+        return f"it is written for ZeRO-1, and plan.zero_stage is {plan.zero_stage}"
+    if plan.optimizer_dtype == "bf16":
+        return "its states are fp32"
+    if plan.offload_param is True:
+        return "parameters are offloaded at ZeRO-3 only"
+    if _pinned_share(config) == 0:
+        return "plan.offload_optimizer is false"
+    return None
+
+
 def _pinned_share(config: Config) -> float | None:
     asked = config.plan.offload_optimizer
     return None if asked == "auto" else float(asked)
@@ -126,10 +159,34 @@ def search_space(config: Config, work: Workload, cluster: Cluster) -> Iterator[S
                 layers = fewest_layers(work_for(work, batch), batch, cluster, at_most=fewest)
                 layers = layers if pinned_layers == "auto" else pinned_layers
                 if fewest is None or layers < fewest or chunk == chunks[-1]:
-                    yield replace(batch, checkpointed_layers=layers)
+                    yield from _with_shares(config, work, replace(batch, checkpointed_layers=layers), cluster)
                 if layers == 0:
                     break  # smaller chunks are slower, and nothing is left to be saved
                 fewest = layers
+
+
+def _with_shares(config: Config, work: Workload, strategy: Strategy, cluster: Cluster) -> Iterator[Strategy]:
+    """A strategy as it is; streamed, with the least share that fits it, and that which fits all layers recomputed."""
+    if not strategy.streamed or _pinned_share(config) is not None:
+        yield strategy
+        return
+    depths = {strategy.checkpointed_layers}
+    if config.plan.checkpointed_layers == "auto":
+        depths.add(work.shape.num_layers)
+    for layers in depths:
+        one = replace(strategy, checkpointed_layers=layers)
+        if share := _least_share(work, one, cluster):
+            yield replace(one, offload_optimizer=share)
+
+
+def _least_share(work: Workload, strategy: Strategy, cluster: Cluster) -> float:
+    """The least share of a streamed optimizer with which the device is large enough; 1 if none is, 0 if all stays."""
+    whole = strategy.state_bytes(work) * memory.shard_of(work, strategy, cluster)
+    by_phase = memory.phases(work, strategy, cluster)
+    by_phase.pop(memory.BUILDING)  # no share changes it
+    left = memory.budget(cluster) - max(sum(parts.values()) for parts in by_phase.values())
+    stays = floor(STREAMED_STEPS * max(0, left) / whole) / STREAMED_STEPS
+    return round(1.0 - min(1.0, stays), 2)
 
 
 def _layouts(config: Config, work: Workload, cluster: Cluster) -> Iterator[Strategy]:
@@ -147,14 +204,26 @@ def _layouts(config: Config, work: Workload, cluster: Cluster) -> Iterator[Strat
             yield replace(base, zero_stage=stage, bf16_states=True)
         if plan.optimizer_dtype == "bf16":
             continue
+        for share in _streamed(config, work, cluster, stage):
+            yield replace(base, zero_stage=stage, offload_optimizer=share, streamed=True)
         for share in _shares(config, cluster, stage, pinned):
             if (share and stage == 0) or (0 < share < 1 and stage != 3):
+                continue
+            if plan.offload_optimizer_step == "device" and share:
                 continue
             for offload_param in _param_offloads(config, cluster, stage, share):
                 one = replace(base, zero_stage=stage, offload_optimizer=share, offload_param=offload_param)
                 yield one
                 if plan.nvme_path is not None and stage == 3 and share == 1:
                     yield replace(one, nvme=True)
+
+
+def _streamed(config: Config, work: Workload, cluster: Cluster, stage: Stage) -> tuple[float, ...]:
+    """Shares of a streamed optimizer to begin with: the pinned one, or all, of which `_with_shares` takes back."""
+    if stage != 1 or streaming_obstacle(config, work, cluster):
+        return ()
+    pinned = _pinned_share(config)
+    return (1.0,) if pinned is None else (pinned,)
 
 
 def _may_have_bf16_states(config: Config, work: Workload, stage: Stage) -> bool:
@@ -252,6 +321,7 @@ def fastest(candidates: list[Candidate]) -> Candidate | None:
             one.strategy.nvme,
             one.strategy.bf16_states,
             one.strategy.offload_param,
+            one.strategy.offload_optimizer > 0 and not one.strategy.streamed,
             one.strategy.offload_optimizer,
             one.strategy.zero_stage,
             one.strategy.checkpointed_layers,
@@ -261,15 +331,15 @@ def fastest(candidates: list[Candidate]) -> Candidate | None:
     )
 
 
-def family_of(one: Candidate) -> tuple[int, bool, bool, bool, bool]:
+def family_of(one: Candidate) -> tuple[int, bool, bool, bool, bool, bool]:
     """Stage, what is offloaded and where to, the optimizer's format: what people call a configuration."""
     s = one.strategy
-    return s.zero_stage, s.offload_optimizer > 0, s.offload_param, s.nvme, s.bf16_states
+    return s.zero_stage, s.offload_optimizer > 0, s.streamed, s.offload_param, s.nvme, s.bf16_states
 
 
 def best_of_families(candidates: list[Candidate]) -> list[Candidate]:
     """The best of each family: the fastest that fits, else the one nearest to fitting."""
-    families: dict[tuple[int, bool, bool, bool, bool], list[Candidate]] = {}
+    families: dict[tuple[bool | int, ...], list[Candidate]] = {}
     for one in candidates:
         families.setdefault(family_of(one), []).append(one)
     return [

@@ -53,7 +53,11 @@ class Workload:
 
 @dataclass(frozen=True)
 class Strategy:
-    """One way to lay the work out. `offload_optimizer` is the share of the optimizer that lives in host memory."""
+    """One way to lay the work out.
+
+    `offload_optimizer` is the share of the optimizer that lives in host memory. DeepSpeed lets the host step it; where
+    it is `streamed`, it passes through the device, which does (`foretune.engine.streaming`).
+    """
 
     zero_stage: Stage
     micro_batch_size: int
@@ -66,6 +70,7 @@ class Strategy:
     sub_group_size: int = 100_000_000
     bf16_states: bool = False  # master weights and optimizer states in bf16: changes numerics
     nvme: bool = False  # what is offloaded lies on NVMe, not in host memory
+    streamed: bool = False
 
     def sized_for(self, work: Workload) -> Strategy:
         """With buckets and sub-groups as they are derived from the model."""
@@ -83,7 +88,7 @@ class Strategy:
         parts, place = [f"ZeRO-{self.zero_stage}"], "NVMe" if self.nvme else "host memory"
         if self.offload_optimizer:
             share = "" if self.offload_optimizer == 1 else f"{self.offload_optimizer:.0%} of the "
-            parts.append(f"{share}optimizer in {place}")
+            parts.append(f"{share}optimizer {'streamed from' if self.streamed else 'in'} {place}")
         if self.offload_param:
             parts.append(f"parameters in {place}")
         if self.bf16_states:

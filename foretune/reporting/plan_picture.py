@@ -59,12 +59,7 @@ class Bar:
 
 def bars_of(plan: Plan, *, alternatives: bool = True) -> list[Bar]:
     """The winner's bar, and those of the strategies that lost, in the plan's order."""
-    name = f"ZeRO-{plan.zero_stage}"
-    if plan.offload_optimizer:
-        name += f" + {plan.offload_optimizer:.0%} of the optimizer in host memory"
-    if plan.offload_param:
-        name += " + parameters in host memory"
-    bars = [_bar(f"chosen: {name}", plan.predicted, plan, chosen=True)]
+    bars = [_bar(f"chosen: {plan.strategy_name}", plan.predicted, plan, chosen=True)]
     for lost in plan.rejected if alternatives else ():
         if lost.prediction is not None:
             bars.append(_bar(lost.name, lost.prediction, plan, chosen=False))
@@ -76,7 +71,7 @@ def _bar(name: str, prediction: Prediction, plan: Plan, *, chosen: bool) -> Bar:
     parts = dict(sorted(prediction.gpu_memory_parts.items(), key=lambda item: order.get(item[0], len(order))))
     lost = next((item for item in plan.rejected if item.name == name), None)
     reason = "" if lost is None else lost.reason
-    name = name.replace("in host memory", "on the host")
+    name = name.replace("streamed from host memory", "streamed").replace("in host memory", "on the host")
     name = name.replace("optimizer on the host + parameters on the host", "optimizer and parameters on the host")
     host = prediction.host_memory_bytes_per_node
     return Bar(name, parts, host, chosen, "needs" not in reason, host_is_short="of host memory a node" in reason)

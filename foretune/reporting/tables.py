@@ -47,7 +47,7 @@ def plan_summary(plan: Plan) -> str:
         f"{plan.micro_batch_size_per_gpu} x {plan.gradient_accumulation_steps} rows",
     ]
     if plan.offload_optimizer or plan.offload_param:
-        parts.append("offload")
+        parts.append("streamed optimizer" if plan.streams_optimizer else "offload")
     if plan.method == "lora":
         parts.append("LoRA")
     return " · ".join([*parts, plan.precision, f"{plan.total_steps} steps"])

@@ -69,13 +69,11 @@ def build_engine(assignment: Assignment, device: torch.device) -> tuple[DeepSpee
     attach_loss(model, chunk_tokens=plan.loss_chunk_tokens, fused=compiling)
     if plan.zero_stage < 3:
         model.to(device)
-    # What is offloaded and is no business of DeepSpeed's passes through the device.
-    by_deepspeed = "offload_optimizer" in plan.deepspeed_config.get("zero_optimization", {})
     optimizer = build_optimizer(
         model.parameters(),
         config.train,
         learning_rate=plan.learning_rate,
-        offload_optimizer=plan.offload_optimizer if by_deepspeed else 0.0,
+        offload_optimizer=0.0 if plan.streams_optimizer else plan.offload_optimizer,
     )
     engine = DeepSpeedEngine(
         model,
@@ -83,7 +81,7 @@ def build_engine(assignment: Assignment, device: torch.device) -> tuple[DeepSpee
         plan.deepspeed_config,
         device=device,
         save_frozen=plan.method != "lora",
-        streamed_share=0.0 if by_deepspeed else plan.offload_optimizer,
+        streamed_share=plan.offload_optimizer if plan.streams_optimizer else 0.0,
     )
     if compiling:
         compile_layers(model)

@@ -182,6 +182,18 @@ def test_plan_goes_to_stdout_and_deepspeed_json_to_its_file(tmp_path: Path, caps
     assert json.loads(capsys.readouterr().out) == json.loads(file.read_text())
 
 
+def test_a_streamed_plan_writes_the_best_file_that_deepspeed_knows(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "ds.json"
+    words = ["plan", "--model", "Qwen2.5-7B", "--hardware", "1xH100,ram=125GB,cores=16"]
+    assert main([*words, "--deepspeed-config", str(file)]) == 0
+    captured = capsys.readouterr()
+    assert "of the optimizer streamed from host memory" not in captured.err
+    assert "does not stream the optimizer; its file is for ZeRO-3 + " in captured.err
+    assert json.loads(file.read_text())["zero_optimization"]["offload_optimizer"]["device"] == "cpu"
+
+
 def test_planning_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert main(["plan", "--model", str(MODEL), "--data", "x.jsonl", "--json"]) == 0

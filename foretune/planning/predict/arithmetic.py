@@ -35,7 +35,7 @@ def derivations(work: Workload, strategy: Strategy, cluster: Cluster) -> list[De
 
 def _lines(part: str, phase: str, work: Workload, strategy: Strategy, cluster: Cluster) -> Iterator[Derivation]:
     if part in ("parameters", "optimizer"):
-        yield from _states(part, work, strategy, cluster)
+        yield from _states(part, phase, work, strategy, cluster)
     elif part == "gradients":
         yield from _gradients(phase, work, strategy, cluster)
     elif part == "activations":
@@ -96,8 +96,8 @@ def _step(work: Workload, strategy: Strategy, cluster: Cluster) -> Iterator[Deri
             return
 
 
-def _states(part: str, work: Workload, strategy: Strategy, cluster: Cluster) -> Iterator[Derivation]:
-    held = memory.states(work, strategy, cluster)[part]
+def _states(part: str, phase: str, work: Workload, strategy: Strategy, cluster: Cluster) -> Iterator[Derivation]:
+    held = memory.phases(work, strategy, cluster)[phase][part]
     ranks, stage, b = cluster.world_size, strategy.zero_stage, work.parameter_bytes
     if part == "parameters":
         divided = stage == 3 and ranks > 1
@@ -107,10 +107,12 @@ def _states(part: str, work: Workload, strategy: Strategy, cluster: Cluster) -> 
         return
     size = strategy.state_bytes(work) if stage or b < 4 else work.optimizer_state_bytes
     formula, numbers = "s·ψt", f"{size} · {work.trainable:,}"
+    if phase == memory.BUILDING:
+        formula, numbers = "4·ψt", f"4 · {work.trainable:,}"
     if stage and ranks > 1:
         formula, numbers = formula + " / N", numbers + f" / {ranks}"
-    if 0 < strategy.offload_optimizer < 1:
-        formula, numbers = formula + " · (1 - offloaded)", numbers + f" · {1 - strategy.offload_optimizer:.1f}"
+    if 0 < strategy.offload_optimizer < 1 and phase != memory.BUILDING:
+        formula, numbers = formula + " · (1 - offloaded)", numbers + f" · {1 - strategy.offload_optimizer:.2g}"
     yield Derivation(part=part, formula=formula, numbers=numbers, value=held, source=ZERO)
 
 
@@ -220,7 +222,13 @@ def _buffers(phase: str, work: Workload, strategy: Strategy, cluster: Cluster) -
     def line(formula: str, numbers: str, value: int, source: str) -> Derivation:
         return Derivation(part="buffers", formula=formula, numbers=numbers, value=value, source=source)
 
-    if persistent and strategy.zero_stage == 3:
+    if strategy.streamed:
+        slots, size = memory.STREAMED_SLOTS, strategy.state_bytes(work)
+        numbers = f"{slots} · {size} · {persistent // (slots * size):,}"
+        yield line(
+            f"{slots}·s·piece", numbers, persistent, "streamed states on their way up, in use, on their way down"
+        )
+    elif persistent and strategy.zero_stage == 3:
         yield line("b·bucket", f"{b} · {bucket:,}", persistent, "reduce bucket of ZeRO-3, which stays")
     elif persistent:
         yield line("b·widest", f"{b} · {persistent // b:,}", persistent, "a gradient on its way to the host")

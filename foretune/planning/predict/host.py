@@ -25,7 +25,8 @@ def host_parts(work: Workload, strategy: Strategy, cluster: Cluster) -> dict[str
     Offloading at stages 1 and 2: `offloading_bytes`, 18 a parameter of the rank's shard and a buffer (measured: device
     and host together 20.4, the device 2). At stage 3: 12 bytes of the offloaded share, its fp32 gradients pinned, and
     the accumulated gradients of the whole shard pinned; torch rounds pinned buffers up to a power of two.
-    What lies on NVMe takes buffers only.
+    What lies on NVMe takes buffers only. Streamed: all master weights and states, since a save makes them whole there,
+    and the 16-bit weights are what it copies (measured on 7B, 85 % streamed, before a save: 80.1 GB for 81.4).
     """
     per_node = cluster.devices_per_node
     if cluster.accelerator.kind == "cpu":
@@ -35,7 +36,7 @@ def host_parts(work: Workload, strategy: Strategy, cluster: Cluster) -> dict[str
     group = min(shard, strategy.sub_group_size) if strategy.zero_stage == 3 else shard
     parts = {"processes": GPU_PROCESS_BYTES}
     # Saving copies one flat tensor at a time from the device: at stage 3 a sub-group's, else the whole shard's.
-    parts["copy while saving"] = 4 * group
+    parts["copy while saving"] = work.parameter_bytes * work.trainable if strategy.streamed else 4 * group
     parts["optimizer"] = _offloaded_optimizer(work, strategy, shard, group)
     if strategy.offload_param:
         held = _power_of_two(work.parameter_bytes * ceil(work.parameters / cluster.world_size))
@@ -51,6 +52,8 @@ def host_parts(work: Workload, strategy: Strategy, cluster: Cluster) -> dict[str
 def _offloaded_optimizer(work: Workload, strategy: Strategy, shard: int, group: int) -> int:
     if not strategy.offload_optimizer:
         return 0
+    if strategy.streamed:
+        return strategy.state_bytes(work) * shard
     if strategy.zero_stage < 3:
         return offloading_bytes(work, strategy, shard)
     pinned_gradients = shard / group * _power_of_two(4 * group)

@@ -12,7 +12,8 @@ with b bytes of a parameter in forward (2 or 4), a of an accumulated gradient, s
     3       bψ/N         (4+s)ψt/N              aψt/N                4·min(ψt/N, sub-group), 6 with a=2
 
 On CPUs stage 2 keeps whole gradients, as stage 1 does, and reduces them once a step (`reduced_at_step`).
-Offloading moves master, states and gradients to the host. Activations: `activation_bytes_per_token_layer`. A
+Offloading moves master, states and gradients to the host; streamed, it moves master and states alone, and what travels
+has slots on the device. Activations: `activation_bytes_per_token_layer`. A
 checkpointed layer keeps its input only, and recomputes itself in backward, one layer at a time (Chen et al. 2016).
 """
 
@@ -32,6 +33,10 @@ NCCL_BYTES = int(0.5 * GIB)
 PROCESS_BYTES = int(0.6 * GIB)
 #: Gradients that DeepSpeed's engine reduces in one flat copy where ZeRO's own buckets are not used.
 REDUCED_AT_ONCE = 500_000_000
+#: Of streamed states: elements that travel at a time, and places for them on the device (`foretune.engine.streaming`).
+STREAMED_PIECE, STREAMED_SLOTS = 1 << 25, 3
+#: The phase before the first step; as much as the others only where the optimizer is streamed.
+BUILDING = "building"
 #: What malloc keeps of freed blocks on a CPU: SmolLM2-135M at ZeRO-2 grew from 2.96 to 3.29 GiB in its first steps.
 MALLOC_SHARE = 0.12
 #: Share of the memory that a plan may fill; the rest is for the allocator's rounding and fragments.
@@ -105,6 +110,9 @@ def phases(work: Workload, strategy: Strategy, cluster: Cluster) -> dict[str, di
         },
     }
     by_phase = {name: {**resident, **parts} for name, parts in varying.items()}
+    if strategy.streamed:
+        # DeepSpeed makes master weights and sums on the device before the host takes its share (measured on 7B: 10ψ).
+        by_phase[BUILDING] = {**resident, "optimizer": 4 * shard, "gradients": gradients}
     if on_cpu:
         for parts in by_phase.values():
             parts["allocator"] = int(MALLOC_SHARE * (sum(parts.values()) - PROCESS_BYTES))
@@ -127,6 +135,8 @@ def states(work: Workload, strategy: Strategy, cluster: Cluster) -> dict[str, in
 
 def standing_bytes(work: Workload, strategy: Strategy, cluster: Cluster) -> int:
     """What an engine holds between two steps, wherever it lies: states, standing gradients, persistent buffers."""
+    if strategy.streamed:
+        strategy = replace(strategy, offload_optimizer=0.0, streamed=False)
     shard = shard_of(work, strategy, cluster)
     here = replace(strategy, offload_param=False)
     held = work.parameter_bytes * held_parameters(work, here, cluster) + _state_bytes(work, strategy) * shard
@@ -173,7 +183,8 @@ def sums_apart(work: Workload, strategy: Strategy) -> bool:
     That one keeps whole fp32 gradients at all times, needs no bucket, and steps on those gradients as they are.
     """
     different = work.precision == "bf16" and work.accumulation_dtype == "fp32"
-    return strategy.zero_stage == 1 and different and not strategy.offload_optimizer and not strategy.bf16_states
+    by_deepspeed = strategy.offload_optimizer and not strategy.streamed
+    return strategy.zero_stage == 1 and different and not by_deepspeed and not strategy.bf16_states
 
 
 def reduced_at_step(work: Workload, strategy: Strategy, cluster: Cluster) -> bool:
@@ -190,7 +201,11 @@ def buffer_bytes(work: Workload, strategy: Strategy, ranks: int) -> tuple[int, i
 
     Several ranks need copies: stages 1 and 2 one for the collective, stage 3 one flat and one scattered. Stage 3 keeps
     its bucket from the start, stages 1 and 2 make it in every backward, and keep a buffer for what goes to the host.
+    Streamed states have their slots: master weights and two states in fp32, `STREAMED_SLOTS` pieces.
     """
+    if strategy.streamed:
+        moved = ceil(strategy.offload_optimizer * work.trainable / ranks)
+        return STREAMED_SLOTS * strategy.state_bytes(work) * min(STREAMED_PIECE, moved), 0
     if strategy.zero_stage == 0 or sums_apart(work, strategy):
         return 0, 0
     b, bucket, alone = work.parameter_bytes, strategy.reduce_bucket_size, ranks == 1

@@ -68,6 +68,12 @@ OVERLAP = 8.0
 #: CPU Adam: trained parameters per second and core. torch's at stages 1 and 2 took 0.6 s for 1.5e9 on 16 cores,
 #: DeepSpeed's in sub-groups at stage 3 4-5 s for 5.3e9.
 CPU_ADAM_PER_CORE = {"whole": 160e6, "sub-groups": 75e6}
+#: Of the host's link, what streamed states reach each way, both at once: 77.7 GB up and down in 1.81 s, PCIe 5 (7B).
+STREAMED_LINK_SHARE = 0.95
+#: Bytes per second that a machine's memory gives to all ranks' links together; assumed, one rank does not reach it.
+HOST_MEMORY_BANDWIDTH = 200e9
+#: Bytes per second at which a rank page-locks what is streamed, once, in its first step (measured: 77.7 GB in 25 s).
+PAGE_LOCKING = 3.1e9
 #: Seconds to start one collective.
 COLLECTIVE_LATENCY = {"cuda": 3e-5, "cpu": 1e-3}
 
@@ -124,13 +130,12 @@ def attention_flops_per_row(work: Workload, checkpointed_layers: int = 0) -> flo
 
 def step_time(work: Workload, strategy: Strategy, cluster: Cluster) -> StepTime:
     """Predict one optimizer step on one rank (all ranks do the same)."""
-    accelerator = cluster.accelerator
     rows = strategy.micro_batch_size * strategy.accumulation_steps
     rate = _matmul_rate(work, cluster)
     compute = rows * flops_per_row(work, strategy.checkpointed_layers) / rate
     attention_rate = rate * _attention_share(work) / MATMUL_SHARE
     compute += rows * attention_flops_per_row(work, strategy.checkpointed_layers) / attention_rate
-    memory_bound = _traffic(work, strategy, cluster) / (BANDWIDTH_SHARE * accelerator.memory_bandwidth)
+    memory_bound = _traffic(work, strategy, cluster) / _bandwidth(cluster)
     device, host = compute + memory_bound, _host_seconds(work, strategy, cluster)
     larger = max(device, host)
     compute += larger * ((device / larger) ** OVERLAP + (host / larger) ** OVERLAP) ** (1 / OVERLAP) - device
@@ -245,7 +250,9 @@ def _update(work: Workload, strategy: Strategy, cluster: Cluster) -> tuple[float
     if accelerator.kind == "cpu":
         return 0.0, shard * CPU_OPTIMIZER_BYTES / accelerator.memory_bandwidth + STEP_SECONDS["cpu"]
     moved = strategy.offload_optimizer * shard
-    bandwidth = BANDWIDTH_SHARE * accelerator.memory_bandwidth
+    bandwidth = _bandwidth(cluster)
+    if strategy.streamed:
+        return _streaming(work, strategy, cluster, moved), shard * OPTIMIZER_BYTES / bandwidth + STEP_SECONDS["cuda"]
     on_device = (shard - moved) * OPTIMIZER_BYTES / bandwidth + STEP_SECONDS["cuda"]
     cores = max(1.0, cluster.cores_per_node / cluster.devices_per_node)
     offload = moved / (CPU_ADAM_PER_CORE["sub-groups" if stage == 3 else "whole"] * cores)
@@ -265,6 +272,26 @@ def _update(work: Workload, strategy: Strategy, cluster: Cluster) -> tuple[float
     if strategy.nvme:
         offload += _nvme_seconds(work, strategy, cluster, moved)
     return offload, on_device
+
+
+def _streaming(work: Workload, strategy: Strategy, cluster: Cluster, moved: float) -> float:
+    """Seconds of streaming beyond those of the device's Adam, which goes on meanwhile; ranks share a host's memory."""
+    shared = HOST_MEMORY_BANDWIDTH / (2 * cluster.devices_per_node)
+    travel = strategy.state_bytes(work) * moved / min(STREAMED_LINK_SHARE * cluster.host_link_bandwidth, shared)
+    return max(0.0, travel - work.trainable / cluster.world_size * OPTIMIZER_BYTES / _bandwidth(cluster))
+
+
+def starting_seconds(work: Workload, strategy: Strategy, cluster: Cluster) -> float:
+    """What the first step takes longer, beside compiling: the pages of streamed states are locked."""
+    if not strategy.streamed:
+        return 0.0
+    shard = work.trainable / cluster.world_size
+    return strategy.state_bytes(work) * strategy.offload_optimizer * shard / PAGE_LOCKING
+
+
+def _bandwidth(cluster: Cluster) -> float:
+    """Bytes per second of a device's memory as kernels of a layer's size reach it."""
+    return BANDWIDTH_SHARE * cluster.accelerator.memory_bandwidth
 
 
 def _nvme_seconds(work: Workload, strategy: Strategy, cluster: Cluster, moved: float) -> float:

@@ -22,8 +22,9 @@ def confirmed(hardware: str, **values: Any) -> DryRun:
     [
         ("8xH100", {"plan": {"zero_stage": 1}}),
         ("8x8xA100-80GB", {"plan": {"zero_stage": 3}}),
+        ("1xH100", {"plan": {"offload_optimizer": 0.5, "offload_optimizer_step": "device"}}),
     ],
-    ids=["zero1-8", "zero3-64"],
+    ids=["zero1-8", "zero3-64", "streamed"],
 )
 def test_states_agree(hardware: str, values: dict[str, Any]) -> None:
     found = confirmed(hardware, **values)
