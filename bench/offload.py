@@ -1,13 +1,16 @@
 """The optimizer in host memory: states that pass through the device, beside DeepSpeed's own partial offload.
 
     python bench/offload.py [--shape 7B] [--contenders foretune,deepspeed] [--share 0.85] [--steps 4]
+    python bench/offload.py --contenders foretune --micro-batch 1 --checkpointed 0 --share 0.94 --chunk 4096  # planned
 
-The same random weights, rows of tokens, loss and packed attention for both; 4 x 4 rows of 4096 tokens a step, every
-layer checkpointed. `foretune`: ZeRO-1, fp32 sums on the device, compiled layers, `foretune.engine.streaming`.
+The same random weights, rows of tokens, loss and packed attention for both; 16 rows of 4096 tokens a step, 4 at a time
+and every layer checkpointed where nothing else is said. `foretune`: ZeRO-1, fp32 sums on the device, compiled layers,
+`foretune.engine.streaming`.
 `deepspeed`: ZeRO-3 with `offload_optimizer.ratio` 0.7 and CPUAdam on all cores, bf16 sums, everything else as DeepSpeed
 has it but for the share on the device, which the fused kernel steps.
 
-Out: tokens per second, forward, backward and optimizer step apart, peak memory of device and host, losses.
+Out: tokens per second, forward, backward and optimizer step apart, peak memory of the device while building and in
+training, of the host, losses.
 
 Without a GPU a tiny shape in bf16 shows that it runs.
 """
@@ -27,16 +30,16 @@ from typing import Any
 
 from measuring import machine, measured_in_a_child, save_result
 
-MICRO_BATCH, ACCUMULATION = 4, 4
+ROWS = 16  # of a step
 RATIO = 0.7  # of DeepSpeed's partial offload: what the host's 125 GiB allow
 LEARNING_RATE = 1e-5
 
 
-def engine_config(contender: str) -> dict[str, Any]:
+def engine_config(contender: str, micro_batch: int) -> dict[str, Any]:
     """DeepSpeed's section of a contender."""
     from shaped import bf16_config
 
-    config = bf16_config(MICRO_BATCH, ACCUMULATION)
+    config = bf16_config(micro_batch, ROWS // micro_batch)
     if contender == "foretune":
         return config
     offload = {"device": "cpu", "pin_memory": True, "ratio": RATIO}
@@ -47,7 +50,6 @@ def engine_config(contender: str) -> dict[str, Any]:
 
 def run(spec: dict[str, Any]) -> dict[str, Any]:
     """One contender in this process."""
-    import torch
     from contenders import Rows
     from shaped import build
 
@@ -60,10 +62,12 @@ def run(spec: dict[str, Any]) -> dict[str, Any]:
     began = time.monotonic()
     device = open_group(rank_info())
     engine, facts = build(
-        spec["shape"], engine_config(spec["contender"]), device=device, learning_rate=LEARNING_RATE, compiled=ours,
+        spec["shape"], engine_config(spec["contender"], spec["micro_batch"]), device=device,
+        learning_rate=LEARNING_RATE, compiled=ours, checkpointed=spec["checkpointed"], chunk_tokens=spec["chunk"],
         deepspeed_ratio=0.0 if ours else RATIO, streamed_share=spec["share"] if ours else 0.0,
     )  # fmt: skip
     built = time.monotonic() - began
+    facts |= _device_peaks(device, "building_")
     reports: list[Any] = []
 
     class Note:
@@ -71,7 +75,7 @@ def run(spec: dict[str, Any]) -> dict[str, Any]:
             reports.append(report)
             print(report.step, round(report.seconds, 3), report.seconds_by_phase, report.loss, flush=True)
 
-    train(engine, Rows(spec, MICRO_BATCH), TrainState(), total_steps=spec["steps"],  # type: ignore[arg-type]
+    train(engine, Rows(spec, spec["micro_batch"]), TrainState(), total_steps=spec["steps"],  # type: ignore[arg-type]
           learning_rate=lambda step: LEARNING_RATE, hooks=[Note()])  # fmt: skip
     figures = {
         "build_seconds": built,
@@ -80,12 +84,23 @@ def run(spec: dict[str, Any]) -> dict[str, Any]:
         "losses": [report.loss for report in reports],
         "host_peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         **facts,
+        **_device_peaks(device),
     }
-    if device.type == "cuda":
-        figures |= {"peak_bytes": torch.cuda.max_memory_allocated(),
-                    "peak_reserved_bytes": torch.cuda.max_memory_reserved()}  # fmt: skip
     close_group()
     return figures
+
+
+def _device_peaks(device: Any, phase: str = "") -> dict[str, int]:
+    """Peaks of torch's allocator since the last call."""
+    import torch
+
+    if device.type != "cuda":
+        return {}
+    peaks = {f"{phase}peak_bytes": torch.cuda.max_memory_allocated(),
+             f"{phase}peak_reserved_bytes": torch.cuda.max_memory_reserved()}  # fmt: skip
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    return peaks
 
 
 def measure(spec: dict[str, Any], folder: Path, timeout_seconds: float) -> dict[str, Any]:
@@ -120,6 +135,9 @@ def main() -> None:
     parser.add_argument("--shape", default="7B", choices=tuple(SHAPES))
     parser.add_argument("--contenders", default="foretune,deepspeed")
     parser.add_argument("--share", type=float, default=0.85, help="of ours, in host memory")
+    parser.add_argument("--micro-batch", type=int, default=4, choices=(1, 2, 4, 8, 16))
+    parser.add_argument("--checkpointed", type=int, help="layers that recompute themselves (default: all)")
+    parser.add_argument("--chunk", type=int, default=2048, help="tokens of a piece of the loss")
     parser.add_argument("--length", type=int, default=4096)
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--minutes", type=float, default=5.0, help="each contender is cut off after this")
@@ -129,12 +147,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as work:
         for contender in asked.contenders.split(","):
             spec = {"contender": contender, "shape": SHAPES[asked.shape], "share": asked.share, "steps": asked.steps,
-                    "rows": MICRO_BATCH * ACCUMULATION, "length": asked.length, "seed": 0}  # fmt: skip
+                    "micro_batch": asked.micro_batch, "checkpointed": asked.checkpointed, "chunk": asked.chunk,
+                    "rows": ROWS, "length": asked.length, "seed": 0}  # fmt: skip
             results[contender] = measure(spec, Path(work), asked.minutes * 60)
             print(contender, json.dumps(results[contender], indent=1), flush=True)
             save_result(f"offload-{asked.shape}", {
                 "machine": machine(), "shape": asked.shape, "rows": spec["rows"], "length": asked.length,
-                "share": asked.share, "deepspeed_ratio": RATIO, "results": results,
+                "share": asked.share, "micro_batch": asked.micro_batch, "checkpointed": asked.checkpointed,
+                "chunk": asked.chunk, "deepspeed_ratio": RATIO, "results": results,
             }, folder=asked.out)  # fmt: skip
 
 

@@ -27,14 +27,18 @@ def build(
     learning_rate: float,
     length: int = 32768,
     compiled: bool = True,
+    checkpointed: int | None = None,
+    chunk_tokens: int = 2048,
     mlp_rows: int = 0,
     float8: bool = False,
     deepspeed_ratio: float = 0.0,
     streamed_share: float = 0.0,
 ) -> tuple[Any, dict[str, Any]]:
-    """(engine, what was put in): every layer checkpointed, packed attention and compiled layers where there is a GPU.
+    """(engine, what was put in): packed attention and compiled layers where there is a GPU.
 
     Args:
+        checkpointed: layers that recompute their activations; None is all of them.
+        chunk_tokens: of the loss.
         mlp_rows: rows of a tile of the MLPs; 0 leaves them whole.
         float8: linear maps of the layers in 8 bits.
         deepspeed_ratio: of the optimizer, for DeepSpeed's own offload in `config`.
@@ -50,14 +54,15 @@ def build(
     torch.manual_seed(0)
     with device:
         model = AutoModelForCausalLM.from_config(model_config, dtype=torch.bfloat16)
-    loading.checkpoint_layers(model, model_config.num_hidden_layers)
+    layers = model_config.num_hidden_layers if checkpointed is None else checkpointed
+    loading.checkpoint_layers(model, layers)
     packed = attention.refusal(model, device=device) is None
     if packed:
         attention.use_packed_attention(model)
     linears = fp8.float8_linears(model) if float8 else 0
     tiles = tiling.tile_mlps(model, mlp_rows) if mlp_rows else 0
     compiled = compiled and compilation.refusal(device) is None
-    attach_loss(model, chunk_tokens=2048, fused=compiled)
+    attach_loss(model, chunk_tokens=chunk_tokens, fused=compiled)
     optimizer = build_optimizer(model.parameters(), TrainConfig(), learning_rate=learning_rate,
                                 offload_optimizer=deepspeed_ratio)  # fmt: skip
     parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -65,5 +70,5 @@ def build(
     if compiled:
         compilation.compile_layers(model)
     facts = {"parameters": parameters, "packed_attention": packed, "compiled": compiled, "tiled_mlps": tiles,
-             "float8_linears": linears}  # fmt: skip
+             "float8_linears": linears, "checkpointed_layers": layers}  # fmt: skip
     return engine, facts

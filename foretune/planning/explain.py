@@ -133,6 +133,8 @@ def _explain_chunk(work: Workload, s: Strategy) -> str:
     if not work.shape.plain_head:
         return "no effect: this head does more than multiply, so its logits are whole"
     tokens = s.micro_batch_size * work.max_length
+    if s.loss_chunk_tokens >= tokens:
+        return f"all {tokens:,} at once: {gib(4 * tokens * work.shape.vocab_size)} of fp32 logits"
     logits = gib(4 * s.loss_chunk_tokens * work.shape.vocab_size)
     return (
         f"of {tokens:,} tokens; {logits} of fp32 logits at a time instead of {gib(4 * tokens * work.shape.vocab_size)}"
