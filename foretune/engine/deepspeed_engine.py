@@ -24,6 +24,7 @@ from foretune.engine.reduction import ReductionAtStep
 from foretune.engine.saves import redirected_saves
 from foretune.engine.shortcuts import apply_shortcuts
 from foretune.engine.streaming import StreamedStates
+from foretune.engine.sums import GradientSum, WideSums
 from foretune.errors import MachineFault
 
 #: DeepSpeed keeps a checkpoint in a folder named by a tag; ours is always this one.
@@ -79,8 +80,10 @@ class DeepSpeedEngine:
         if streamed_share:
             assert StreamedStates.applies(self._engine.optimizer, optimizer), "not planned for this layout"
             self._streamed = StreamedStates(self._engine.optimizer, optimizer, share=streamed_share)
+        #: Where gradients are added up, of every trainable parameter, where that is ours to know.
+        self.gradient_sums: dict[torch.nn.Parameter, GradientSum] = {}
         if device.type == "cuda":
-            apply_shortcuts(self._engine.optimizer, optimizer)
+            self._take_shortcuts()
         if self._engine.optimizer is optimizer:  # stage 0 in fp32: no wrapper, and DeepSpeed reports no norm
             self._measure_plain_grad_norm(optimizer)
 
@@ -109,9 +112,12 @@ class DeepSpeedEngine:
         )
 
     def sum_over_ranks(self, values: list[float | torch.Tensor]) -> list[float]:
-        # One copy to the device at most, one back: what is on the device already is not fetched first.
-        parts = [torch.as_tensor(value, dtype=torch.float64, device=self.device) for value in values]
-        tensor = torch.stack(parts)
+        # One copy to the device, one back: what is on the device already is not fetched first.
+        known = [0.0 if isinstance(value, torch.Tensor) else value for value in values]
+        tensor = torch.tensor(known, dtype=torch.float64, device=self.device)
+        for index, value in enumerate(values):
+            if isinstance(value, torch.Tensor):
+                tensor[index] = value
         if self.world_size > 1:
             with translated_errors():
                 torch.distributed.all_reduce(tensor)
@@ -161,6 +167,13 @@ class DeepSpeedEngine:
         """Within this, the given parameters are whole on every rank (they already are below stage 3)."""
         with GatheredParameters(parameters, enabled=self.zero_stage == 3):
             yield
+
+    def _take_shortcuts(self) -> None:
+        zero = self._engine.optimizer
+        if WideSums.applies(zero):
+            self.gradient_sums = WideSums(zero, self._torch_optimizer).of
+        else:
+            apply_shortcuts(zero, self._torch_optimizer)
 
     def _whole_on_host(self) -> AbstractContextManager[None]:
         return self._streamed.whole_on_host() if self._streamed else nullcontext()

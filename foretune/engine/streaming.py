@@ -110,6 +110,9 @@ class StreamedStates:
             self._ferry.send_down(number, self._host(piece))
             if number + SLOTS < len(self._pieces):
                 self._ferry.send_up(number + SLOTS, self._host(self._pieces[number + SLOTS]))
+        if self._found_inf is not None:  # then this was no step
+            for flat in self._flats:
+                flat.step -= self._found_inf
         self._weights_written = True
         self._send_first()  # for the next step: there before it begins
 
@@ -207,9 +210,15 @@ class StreamedStates:
             [master], [gradient[start:stop]], [exp_avg], [exp_avg_sq], [], [flat.step],
             amsgrad=False, lr=float(group["lr"]), beta1=beta1, beta2=beta2, weight_decay=group["weight_decay"],
             eps=group["eps"], maximize=group["maximize"], grad_scale=getattr(self._optimizer, "grad_scale", None),
-            found_inf=None,
+            found_inf=self._found_inf,
         )  # fmt: skip
         flat.low[start:stop].copy_(master)
+
+    @property
+    def _found_inf(self) -> torch.Tensor | None:
+        """1 where the kernel is to leave everything as it is, as torch's own optimizers are told."""
+        found: torch.Tensor | None = getattr(self._optimizer, "found_inf", None)
+        return found
 
     def _host(self, piece: _Piece) -> list[torch.Tensor]:
         return [far[piece.start : piece.stop] for far in piece.flat.far]

@@ -47,7 +47,14 @@ def deepspeed_config(stage: int, micro_batch_size: int, world_size: int, sums: s
 
 
 def run_case(
-    folder: Path, device: torch.device, *, stage: int, accumulation: int, packed: bool, sums: str | None = None
+    folder: Path,
+    device: torch.device,
+    *,
+    stage: int,
+    accumulation: int,
+    packed: bool,
+    sums: str | None = None,
+    as_on_gpu: bool = False,
 ) -> dict:
     """One layout; in bf16 with fp32 master weights where `sums` says in what gradients are summed."""
     rank = rank_info()
@@ -59,6 +66,8 @@ def run_case(
     decay = TrainConfig(weight_decay=DECAY if sums else 0.0)
     optimizer = build_optimizer(model.parameters(), decay, learning_rate=LEARNING_RATE)
     engine = DeepSpeedEngine(model, optimizer, config, device=device)
+    if as_on_gpu:
+        engine._take_shortcuts()
     loader = open_loader(
         folder / "data",
         seed=SEED,
@@ -100,9 +109,12 @@ def main() -> None:
         arrays |= {f"{name}/{key}": value for key, value in weights.items()}
     for stage, every in SUMS.items():
         for sums in every:
-            result = run_case(folder, device, stage=stage, accumulation=4, packed=True, sums=sums)
-            del result["weights"]
-            results[f"bf16-zero{stage}-{sums}"] = result
+            for as_on_gpu in (False, True) if stage in (1, 2) else (False,):
+                result = run_case(
+                    folder, device, stage=stage, accumulation=4, packed=True, sums=sums, as_on_gpu=as_on_gpu
+                )
+                del result["weights"]
+                results[f"bf16-zero{stage}-{sums}" + ("-as-on-gpu" if as_on_gpu else "")] = result
     if rank.is_main:
         np.savez(folder / f"world-{rank.world_size}.npz", **arrays)
         (folder / f"world-{rank.world_size}.json").write_text(json.dumps(results))

@@ -11,23 +11,36 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from foretune.config.schema import TrainConfig
 from foretune.distributed import rank_info
-from foretune.engine import DeepSpeedEngine, build_optimizer, close_group, deepspeed_engine, open_group
-from foretune.engine.shortcuts import apply_shortcuts
+from foretune.engine import DeepSpeedEngine, build_optimizer, close_group, open_group
 
 STEPS = 4
+TAKE_SHORTCUTS = DeepSpeedEngine._take_shortcuts
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-class CountReads(TorchDispatchMode):
-    """Counts the values that the host reads from tensors: each would wait for a device."""
+class Count(TorchDispatchMode):
+    """Counts operations, and the values among them that the host reads from tensors: each would wait for a device."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.reads = 0
+        self.reads = self.operations = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.operations += 1
         self.reads += func is torch.ops.aten._local_scalar_dense.default
         return func(*args, **(kwargs or {}))
+
+
+class Model(torch.nn.Module):
+    """Two layers, the second of which may be left out: it has no gradient then."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = torch.nn.Linear(16, 32), torch.nn.Linear(32, 4)
+
+    def forward(self, input: torch.Tensor, *, whole: bool) -> torch.Tensor:
+        hidden = torch.nn.functional.gelu(self.first(input))
+        return self.second(hidden) if whole else hidden
 
 
 def config_of(stage: int, precision: str, max_grad_norm: float, *, shortcuts: bool) -> dict[str, Any]:
@@ -40,6 +53,7 @@ def config_of(stage: int, precision: str, max_grad_norm: float, *, shortcuts: bo
         "zero_optimization": {"stage": stage, "overlap_comm": False},
         "zero_allow_untested_optimizer": True,
         "data_types": {"grad_accum_dtype": "fp32"},
+        "communication_data_type": "fp32",
     }
     if precision == "bf16":
         config["bf16"] = {"enabled": True, "immediate_grad_update": shortcuts}
@@ -48,30 +62,38 @@ def config_of(stage: int, precision: str, max_grad_norm: float, *, shortcuts: bo
 
 def run(stage: int, precision: str, optimizer_name: str, *, max_grad_norm: float, shortcuts: bool) -> dict[str, Any]:
     torch.manual_seed(0)
-    model = torch.nn.Sequential(torch.nn.Linear(16, 32), torch.nn.GELU(), torch.nn.Linear(32, 4))
-    model = model.to(DEVICE, torch.bfloat16 if precision == "bf16" else torch.float32)
+    model = Model().to(DEVICE, torch.bfloat16 if precision == "bf16" else torch.float32)
     train = TrainConfig(optimizer=optimizer_name, weight_decay=0.1)
     optimizer = build_optimizer(model.parameters(), train, learning_rate=1e-2)
     config = config_of(stage, precision, max_grad_norm, shortcuts=shortcuts)
-    deepspeed_engine.apply_shortcuts = lambda *_: False  # on a GPU the engine applies them by itself
+    DeepSpeedEngine._take_shortcuts = lambda _: None  # on a GPU the engine takes them by itself
     engine = DeepSpeedEngine(model, optimizer, config, device=DEVICE)
     if shortcuts:
-        assert apply_shortcuts(engine._engine.optimizer, optimizer)
-    norms, applied, reads = [], [], []
+        TAKE_SHORTCUTS(engine)
+    norms, applied, reads, operations = [], [], [], []
     for step in range(STEPS):
         for _ in range(2):
             x = torch.randn(8, 16).to(DEVICE, next(model.parameters()).dtype)
-            loss = engine(input=x).float().square().sum() * 10
+            loss = engine(input=x, whole=step != 1).float().square().sum() * 10
             if step == STEPS - 2:
                 loss = loss * float("nan")
             engine.backward(loss)
-        with CountReads() as counted:
+        with Count() as counted:
             result = engine.step(1e-2)
         reads.append(counted.reads)
+        operations.append(counted.operations)
         norms.append(result.grad_norm)
         applied.append(result.applied)
-    weights = torch.cat([p.detach().float().flatten() for p in engine.module.parameters()])
-    return {"norms": [str(n) for n in norms], "applied": applied, "reads": reads, "weights": weights.tolist()}
+    zero = engine._engine.optimizer
+    masters = getattr(zero, "fp32_groups_flat_partition", None) or zero.single_partition_of_fp32_groups
+    weights = torch.cat([flat.detach().flatten() for flat in masters])
+    return {
+        "norms": [str(n) for n in norms],
+        "applied": applied,
+        "reads": reads,
+        "operations": operations,
+        "weights": weights.tolist(),
+    }
 
 
 def main() -> None:
@@ -85,6 +107,7 @@ def main() -> None:
         for stage, precision, optimizer, clip in (
             (1, "fp32", "adamw", 1.0),
             (1, "bf16", "adamw", 1.0),
+            (1, "bf16", "sgd", 1.0),
             (2, "bf16", "adamw", 1.0),
             (2, "fp32", "adamw", 0.0),
             (2, "fp32", "sgd", 1.0),
