@@ -7,6 +7,7 @@ Used by training (inside the engine's partitioned loading at stage 3), evaluatio
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -48,6 +49,7 @@ def load_model(
     config: Any = None,
     precision: str,
     from_scratch: bool = False,
+    draw_on: torch.device | None = None,
     trust_remote_code: bool = False,
     seed: int = 0,
     attention: str | None = None,
@@ -59,6 +61,7 @@ def load_model(
         config: its configuration if it was changed after reading.
         precision: one of `DTYPES`.
         from_scratch: random weights in the model's shape, the same on every rank for the same seed.
+        draw_on: where random weights are drawn and stay; a CPU takes 43 s for half a billion in bf16, a GPU one.
         attention: transformers' name of the attention implementation; None takes SDPA where the model has it.
 
     Raises:
@@ -73,7 +76,8 @@ def load_model(
     torch.manual_seed(seed)
     try:
         if from_scratch:
-            return AutoModelForCausalLM.from_config(config, **options)
+            with draw_on or nullcontext():
+                return AutoModelForCausalLM.from_config(config, **options)
         model, report = AutoModelForCausalLM.from_pretrained(
             str(folder), config=config, output_loading_info=True, **options
         )

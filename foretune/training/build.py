@@ -54,6 +54,7 @@ def build_engine(assignment: Assignment, device: torch.device) -> tuple[DeepSpee
             config=model_config,
             precision=plan.precision,
             from_scratch=config.from_scratch,
+            draw_on=device if plan.zero_stage < 3 else None,
             trust_remote_code=config.trust_remote_code,
             seed=config.train.seed,
         )
