@@ -129,7 +129,7 @@ def test_a_real_out_of_memory_is_replanned_at_the_same_global_batch(tmp_path: Pa
 
 
 def test_a_save_of_a_large_model_hardly_stops_training(tmp_path: Path) -> None:
-    steps, every = 14, 12  # the first save waits for no other
+    steps, every = 7, 6  # the first save waits for no other, and its memory is made by then
     config = wanted(
         tmp_path, "1.5B", steps=steps, every=every, stage=1, rows=32, length=4096, deterministic=False, compile=False
     )
