@@ -15,7 +15,12 @@ from typing import Any
 
 SIDE, LEFT, TOP, GAP = 330, 58, 46, 84
 INK, FAINT = "#1f2933", "#e4e7eb"
-COLOURS = {"calibration": "#9aa5b1", "judged": "#0b69a3"}
+COLOURS = {"calibration": "#9aa5b1", "judged": "#0b69a3", "fresh": "#d9822b"}
+TEXTS = {
+    "calibration": "constants were fitted to these",
+    "judged": "and judged by these",
+    "fresh": "and by these, unseen",
+}
 #: quantity, title, unit, divisor, decades' ticks, tolerance of the bar.
 PANELS: list[tuple[str, str, float, list[float], float]] = [
     ("allocated_bytes", "peak memory, GiB", 2**30, [4, 8, 16, 32, 64], 0.06),
@@ -80,12 +85,15 @@ def picture(values: dict[str, Any]) -> str:
         f'<text transform="translate(16 {TOP + SIDE / 2}) rotate(-90)" text-anchor="middle">predicted</text>',
     ]
     x, y = LEFT, TOP + SIDE + 66
-    for half, text in (("calibration", "constants were fitted to these"), ("judged", "and judged by these")):
+    present = {result["half"] for result in values["results"] if "measured" in result}
+    for half, text in TEXTS.items():
+        if half not in present:
+            continue
         lines += [
             f'<circle cx="{x + 5}" cy="{y - 4}" r="4" fill="{COLOURS[half]}"/>',
             f'<text x="{x + 16}" y="{y}">{text}</text>',
         ]
-        x += 230
+        x += 200
     device = values["machine"]["device"]
     lines.append(f'<text x="{width - 20}" y="{y}" text-anchor="end">{device}, {values["date"][:10]}</text>')
     return "\n".join([*lines, "</svg>"]) + "\n"

@@ -55,9 +55,11 @@ COMPILED_LAYER_SECONDS = 1.7e-3
 ADAPTER_SECONDS = 4e-4
 #: Of a gradient on its way into DeepSpeed's sums, a tensor and micro-batch, below stage 3 (fitted): ZeRO-1 with fp32
 #: sums; buckets of ZeRO 1 and 2; stage 0 in 16 bits, which steps on tensor after tensor.
-SUM_SECONDS, BUCKET_SECONDS, UNFUSED_SECONDS = 9e-5, 2.9e-4, 4.6e-4
-#: Of fetching and releasing a parameter at ZeRO-3, both ways (fitted).
-FETCH_SECONDS = 1.5e-3
+SUM_SECONDS, BUCKET_SECONDS, UNFUSED_SECONDS = 9e-5, 2.6e-4, 4.6e-4
+#: Calls that buckets need to add a gradient to those of the micro-batches before: a cast, a sum.
+ADDING_CALLS = 2
+#: Of a parameter at ZeRO-3, both ways (fitted): fetched and released, or kept whole and only asked for.
+FETCH_SECONDS, KEPT_SECONDS = 1.7e-3, 1.4e-3
 #: Of a micro-batch outside of the layers, and of an optimizer step: DeepSpeed's Python, waiting for the norm (fitted).
 MICRO_BATCH_SECONDS = {"cuda": 0.010, "cpu": 1e-3}
 STEP_SECONDS = {"cuda": 0.0175, "cpu": 1e-3}
@@ -193,14 +195,19 @@ def _host_seconds(work: Workload, strategy: Strategy, cluster: Cluster) -> float
         per_layer += ADAPTER_SECONDS * linears
     per_layer *= 1.0 + RECOMPUTED_CALLS * share
     if kind == "cuda":
-        own = linears + sum(linear.copies for linear in shape.linears if linear.bias) + _norm_tensors(shape)
+        small = sum(linear.copies for linear in shape.linears if linear.bias) + _norm_tensors(shape)
         adapters = 2 * linears if work.lora_rank else 0
+        trained = adapters or linears + small
         if stage == 3:
-            per_layer += FETCH_SECONDS * (own + adapters) * (1.0 + RECOMPUTED_FETCHES * share)
+            fetching = FETCH_SECONDS * linears + KEPT_SECONDS * (small + adapters)
+            per_layer += fetching * (1.0 + RECOMPUTED_FETCHES * share)
         elif stage == 0:
-            per_layer += UNFUSED_SECONDS * (adapters or own)
+            per_layer += UNFUSED_SECONDS * trained
+        elif sums_apart(work, strategy):
+            per_layer += SUM_SECONDS * trained
         else:
-            per_layer += (SUM_SECONDS if sums_apart(work, strategy) else BUCKET_SECONDS) * (adapters or own)
+            later = 1.0 - 1.0 / strategy.accumulation_steps
+            per_layer += (BUCKET_SECONDS + ADDING_CALLS * CALL_SECONDS[kind] * later) * trained
     return strategy.accumulation_steps * (shape.num_layers * per_layer + MICRO_BATCH_SECONDS[kind])
 
 
