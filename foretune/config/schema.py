@@ -150,6 +150,9 @@ class PlanConfig(Section):
         str | None, Field(description="folder on a fast disk that may be offloaded to; without it none is")
     ] = None
     compile: Annotated[bool | Auto, Field(description="compile the layers (GPU; not at ZeRO-3)")] = "auto"
+    sum_in_matmul: Annotated[
+        bool, Field(description="add weight gradients to their fp32 sums inside the product (GPU, ZeRO-1, full)")
+    ] = True
 
 
 class CheckpointConfig(Section):

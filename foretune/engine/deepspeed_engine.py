@@ -24,8 +24,9 @@ from foretune.engine.reduction import ReductionAtStep
 from foretune.engine.saves import redirected_saves
 from foretune.engine.shortcuts import apply_shortcuts
 from foretune.engine.streaming import StreamedStates
-from foretune.engine.sums import GradientSum, WideSums
+from foretune.engine.sums import WideSums
 from foretune.errors import MachineFault
+from foretune.model.weight_sums import GradientSum
 
 #: DeepSpeed keeps a checkpoint in a folder named by a tag; ours is always this one.
 ENGINE_TAG = "engine"

@@ -18,36 +18,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from deepspeed import comm
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 
+from foretune.model.weight_sums import GradientSum, sums_over
+
 #: Elements of a piece whose norm is taken by itself: pieces are summed in fp64.
 _PIECE = 1 << 24
-
-
-@dataclass(frozen=True)
-class GradientSum:
-    """Where the gradients of one parameter are added up.
-
-    Attributes:
-        total: fp32, of the parameter's shape.
-        filled: bool [] on the host: whether `total` has anything of this step; if not, it is to be overwritten.
-    """
-
-    total: torch.Tensor
-    filled: torch.Tensor
-
-    def add(self, gradient: torch.Tensor) -> None:
-        """Add a gradient of the parameter's shape, in any dtype."""
-        if self.filled:
-            self.total.add_(gradient)
-        else:
-            self.total.copy_(gradient)
-            self.filled.fill_(True)
 
 
 class WideSums:
@@ -67,13 +47,11 @@ class WideSums:
         self.of: dict[torch.nn.Parameter, GradientSum] = {}
         self._filled: list[torch.Tensor] = []
         for parameters, totals in zip(zero_optimizer.bf16_groups, zero_optimizer.fp32_groups_gradients, strict=True):
-            filled = torch.zeros(len(parameters), dtype=torch.bool)
+            sums, filled = sums_over(parameters, totals)
             self._filled.append(filled)
-            for parameter, total, flag in zip(parameters, totals, filled.unbind(), strict=True):
-                self.of[parameter] = GradientSum(total.view(parameter.shape), flag)
-                parameter._hp_grad = total  # as DeepSpeed has it
-                handle = parameter.register_post_accumulate_grad_hook(_adds_to(self.of[parameter]))
-                zero_optimizer._grad_acc_hooks.append(handle)
+            for parameter, one in zip(parameters, sums, strict=True):
+                self.of[parameter] = one
+                zero_optimizer._grad_acc_hooks.append(parameter.register_post_accumulate_grad_hook(_adds_to(one)))
         zero_optimizer.reduce_gradients = self._reduce  # called at the boundary, where there is such a method
         zero_optimizer.get_grads_for_norm = self._flat
         zero_optimizer.clear_hp_grads = self._forget
@@ -152,7 +130,7 @@ def clip_factor(norm: torch.Tensor, max_norm: float) -> torch.Tensor:
 
 def _adds_to(total: GradientSum) -> Callable[[torch.Tensor], None]:
     def hook(parameter: torch.Tensor) -> None:
-        if parameter.grad is not None:
+        if parameter.grad is not None:  # else its product has added it (`foretune.model.weight_sums`)
             total.add(parameter.grad)
             parameter.grad = None
 

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 
 from foretune.artifacts import IGNORE_INDEX
 from foretune.model.attention import packed_inputs, takes_bounds
+from foretune.model.weight_sums import add_product
 
 #: Rows of a gradient that are widened at a time to be scaled.
 _SCALED_ROWS = 1 << 14
@@ -65,7 +66,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if grad_hidden is not None:
                 torch.mm(gradient, weight, out=grad_hidden[start : start + chunk_tokens])
             if grad_weight is not None:
-                _add_product(grad_weight, gradient.T, piece)
+                add_product(grad_weight, gradient.T, piece)
             if grad_bias is not None:
                 grad_bias += gradient.sum(0, dtype=wide)
         ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
@@ -118,14 +119,6 @@ def _fused_softmax() -> Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tenso
         return _compiled_softmax()(logits, target)
 
     return call
-
-
-def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
-    """``total += left @ right``: [m, n] in float32, factors of 16 bits or `total`'s dtype."""
-    if left.is_cuda and left.dtype != total.dtype:  # cuBLAS adds in the wide dtype itself: no product in memory
-        torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
-    else:
-        total += left @ right
 
 
 def _scaled(gradient: torch.Tensor | None, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | None:

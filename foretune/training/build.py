@@ -25,7 +25,7 @@ from foretune.model.loss import attach_loss
 from foretune.model.tiling import tile_mlps
 from foretune.training.assignment import Assignment
 from foretune.training.hooks import AccountingHook, JournalHook, PeakCheckHook
-from foretune.training.kernels import CompileHook, apply_attention, may_compile
+from foretune.training.kernels import CompileHook, apply_attention, apply_weight_sums, may_compile
 from foretune.training.loop import Hook
 from foretune.training.pace import SavePace
 from foretune.training.probes import ISOLATION_TOLERANCE, held_out_loss, isolation_error, write_reference_logits
@@ -84,6 +84,7 @@ def build_engine(assignment: Assignment, device: torch.device) -> tuple[DeepSpee
         save_frozen=plan.method != "lora",
         streamed_share=plan.offload_optimizer if plan.streams_optimizer else 0.0,
     )
+    apply_weight_sums(assignment, model, engine)
     if compiling:
         compile_layers(model)
     # Dropout draws from here on: different on every rank, the same on every start.

@@ -1,4 +1,4 @@
-"""The kernels that were planned, put into a model: packed attention before the engine, compiled layers after it."""
+"""The kernels that were planned, put into a model: packed attention before the engine, the others after it."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ from typing import Any
 
 import torch
 
+from foretune.engine import DeepSpeedEngine
 from foretune.events import EventKind, Journal
 from foretune.model import attention, compilation
+from foretune.model.weight_sums import sum_inside
 from foretune.training.assignment import Assignment
 from foretune.training.loop import StepReport
 from foretune.training.state import TrainState
@@ -25,6 +27,16 @@ def apply_attention(assignment: Assignment, model: Any, device: torch.device) ->
         attention.use_packed_attention(model)
     else:
         assignment.tell(EventKind.NOTE, message=f"attention is sdpa: {reason}")
+
+
+def apply_weight_sums(assignment: Assignment, model: Any, engine: DeepSpeedEngine) -> None:
+    """Gradients summed inside the product, where the engine's sums are apart from them and matrices are large.
+
+    Tiles of an MLP sum their weights' gradients themselves.
+    """
+    plan = assignment.plan
+    if assignment.config.plan.sum_in_matmul and plan.method == "full" and not plan.mlp_tile_rows:
+        sum_inside(model, engine.gradient_sums)
 
 
 def may_compile(assignment: Assignment, device: torch.device) -> bool:

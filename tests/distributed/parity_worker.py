@@ -19,6 +19,7 @@ from foretune.distributed import die_with_parent, rank_info
 from foretune.engine import DeepSpeedEngine, build_optimizer, close_group, open_group, partitioned_loading
 from foretune.model.loading import load_model
 from foretune.model.loss import attach_loss
+from foretune.model.weight_sums import sum_inside
 from foretune.training.loop import train
 from foretune.training.state import TrainState
 
@@ -68,6 +69,7 @@ def run_case(
     engine = DeepSpeedEngine(model, optimizer, config, device=device)
     if as_on_gpu:
         engine._take_shortcuts()
+        sum_inside(model, engine.gradient_sums)
     loader = open_loader(
         folder / "data",
         seed=SEED,
