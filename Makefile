@@ -22,7 +22,7 @@ lint: $(READY)
 	$(BIN)/lint-imports
 
 unit: $(READY)
-	$(BIN)/pytest tests/unit -m "not slow and not gpu"
+	$(BIN)/pytest tests/unit -m "not slow and not gpu" --numprocesses auto --maxprocesses 4 --dist loadfile
 
 distributed: $(READY)
 	$(BIN)/pytest tests/distributed -m "not slow and not gpu"

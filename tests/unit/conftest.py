@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Protocol
 
 import pytest
+from filelock import FileLock
 
 from foretune.artifacts import (
     Accelerator,
@@ -52,8 +53,15 @@ def write_checkpoints() -> WriteCheckpoints:
 
 @pytest.fixture(scope="session")
 def engine_checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder with one subfolder per case of the script, written by two ranks (30 s on two cores)."""
-    return _write(tmp_path_factory.mktemp("engine"), cases="all", world_size=2)
+    """Folder with one subfolder per case of the script, written by two ranks (30 s on two cores), once for all workers."""
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    folder = shared / "engine"
+    with FileLock(shared / "engine.lock"):
+        if not (written := shared / "engine.written").exists():
+            _write(folder, cases="all", world_size=2)
+            written.touch()
+    return folder
 
 
 class MakeRun(Protocol):
