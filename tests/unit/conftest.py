@@ -53,7 +53,7 @@ def write_checkpoints() -> WriteCheckpoints:
 
 @pytest.fixture(scope="session")
 def engine_checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder with one subfolder per case of the script, written by two ranks (30 s on two cores), once for all workers."""
+    """Folder with one subfolder per case of the script, written by two ranks, once for all workers (30 s)."""
     base = tmp_path_factory.getbasetemp()
     shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
     folder = shared / "engine"
