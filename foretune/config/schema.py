@@ -151,8 +151,9 @@ class PlanConfig(Section):
     ] = None
     compile: Annotated[bool | Auto, Field(description="compile the layers (GPU; not at ZeRO-3)")] = "auto"
     sum_in_matmul: Annotated[
-        bool, Field(description="add weight gradients to their fp32 sums inside the product (GPU, ZeRO-1, full)")
-    ] = True
+        bool | Auto,
+        Field(description="add weight gradients to their fp32 sums inside the product (GPU, ZeRO-1, full)"),
+    ] = "auto"
 
 
 class CheckpointConfig(Section):

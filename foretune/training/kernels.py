@@ -35,7 +35,7 @@ def apply_weight_sums(assignment: Assignment, model: Any, engine: DeepSpeedEngin
     Tiles of an MLP sum their weights' gradients themselves.
     """
     plan = assignment.plan
-    if assignment.config.plan.sum_in_matmul and plan.method == "full" and not plan.mlp_tile_rows:
+    if assignment.config.plan.sum_in_matmul is not False and plan.method == "full" and not plan.mlp_tile_rows:
         sum_inside(model, engine.gradient_sums)
 
 
