@@ -237,6 +237,7 @@ class Plan(Artifact):
     loss_chunk_tokens: int  # tokens per piece of the linear cross-entropy; logits never whole
     attention: Literal["packed", "sdpa"] = "sdpa"  # packed: kernels that know where documents end
     compile_layers: bool = False
+    sum_in_matmul: bool = False  # weight gradients are added to their fp32 sums inside the product
     mlp_tile_rows: int = 0  # rows of an MLP that exist at a time; 0: all
     global_batch_size: int
     max_length: int

@@ -1,6 +1,6 @@
 """Which kernels compute a layer: choices that change its speed and its rounding, not its mathematics.
 
-Config × Workload × Cluster ──▶ `plan.attention`, `plan.compile`, each with a reason
+Config × Workload × Cluster ──▶ `plan.attention`, `plan.compile`, `plan.sum_in_matmul`, each with a reason
 """
 
 from __future__ import annotations
@@ -8,7 +8,8 @@ from __future__ import annotations
 from foretune.artifacts import Cluster, Decision
 from foretune.config import Config
 from foretune.errors import UserError
-from foretune.planning.strategy import Workload
+from foretune.planning.predict.memory import sums_apart
+from foretune.planning.strategy import Strategy, Workload
 
 #: Heads that the packed attention kernels compute: multiples of 8 up to this.
 LARGEST_PACKED_HEAD = 256
@@ -69,3 +70,26 @@ def choose_compile(config: Config, cluster: Cluster, *, zero_stage: int | None) 
     if obstacle is not None:
         return Decision(field=field, value=False, reason=obstacle)
     return Decision(field=field, value=True, reason="norms, rotary embeddings and activations become one kernel each")
+
+
+def choose_sum_in_matmul(config: Config, work: Workload, cluster: Cluster, strategy: Strategy) -> Decision:
+    """Weight gradients added inside the product where their fp32 sums lie apart from them.
+
+    Raises:
+        UserError: (field ``plan.sum_in_matmul``) asked for where it cannot be.
+    """
+    asked, field = config.plan.sum_in_matmul, "plan.sum_in_matmul"
+    obstacle = None
+    if cluster.accelerator.kind != "cuda":
+        obstacle = "only a GPU's matrix products add in fp32 what they multiply in 16 bits"
+    elif config.method != "full":
+        obstacle = "an adapter's matrices are too small to gain by it"
+    elif not sums_apart(work, strategy):
+        obstacle = "gradients have no fp32 sums of their own here, as they have at ZeRO-1 with bf16"
+    if asked is True and obstacle:
+        raise UserError(field, asked, obstacle, "remove the key")
+    if asked != "auto":
+        return Decision(field=field, value=asked, reason="as set", pinned=True)
+    if obstacle is not None:
+        return Decision(field=field, value=False, reason=obstacle)
+    return Decision(field=field, value=True, reason="no gradient of a weight is written, read again and added")

@@ -19,7 +19,7 @@ from foretune.model.shape import ModelShape, read_shape
 from foretune.planning import explain, mend, search
 from foretune.planning import mathematics as maths
 from foretune.planning.deepspeed_config import deepspeed_config
-from foretune.planning.kernels import COMPILING_SECONDS, choose_attention, choose_compile
+from foretune.planning.kernels import COMPILING_SECONDS, choose_attention, choose_compile, choose_sum_in_matmul
 from foretune.planning.mathematics import DataEstimate, DataFacts, decide
 from foretune.planning.predict import host
 from foretune.planning.predict.arithmetic import derivations
@@ -87,7 +87,8 @@ def make_plan(
     length = decide("train.max_length", data.max_length, data.length_reason)
     mathematics = [precision, accumulation, batch, length, rate]
     how = explain.explain_strategy(config, work, cluster, best, layout.candidates)
-    kernels, notes = [layout.attention, layout.compiling], _notes(shape, cluster, data)
+    inside = choose_sum_in_matmul(config, search.work_for(work, chosen), cluster, chosen)
+    kernels, notes = [layout.attention, layout.compiling, inside], _notes(shape, cluster, data)
     snapshot = _snapshot_decision(work, chosen, cluster)
     pace = [] if calibration is None else calibration.decisions(cluster, config.method, chosen.zero_stage)
     tokens_of_step = batch.value * data.tokens / data.packs
@@ -111,6 +112,7 @@ def make_plan(
         loss_chunk_tokens=chosen.loss_chunk_tokens,
         attention=layout.attention.value,
         compile_layers=layout.compiling.value,
+        sum_in_matmul=inside.value,
         global_batch_size=batch.value,
         max_length=data.max_length,
         packing=config.data.packing,

@@ -30,12 +30,8 @@ def apply_attention(assignment: Assignment, model: Any, device: torch.device) ->
 
 
 def apply_weight_sums(assignment: Assignment, model: Any, engine: DeepSpeedEngine) -> None:
-    """Gradients summed inside the product, where the engine's sums are apart from them and matrices are large.
-
-    Tiles of an MLP sum their weights' gradients themselves.
-    """
-    plan = assignment.plan
-    if assignment.config.plan.sum_in_matmul is not False and plan.method == "full" and not plan.mlp_tile_rows:
+    """Gradients summed inside the product where it is planned. Tiles of an MLP sum their weights' themselves."""
+    if assignment.plan.sum_in_matmul and not assignment.plan.mlp_tile_rows:
         sum_inside(model, engine.gradient_sums)
 
 

@@ -25,6 +25,15 @@ def test_a_gpu_gets_packed_attention_and_compiled_layers() -> None:
     assert "share rows" in reason_of(made, "plan.attention")
 
 
+def test_gradients_are_summed_inside_the_product_where_fp32_sums_lie_apart() -> None:
+    assert plan("1xH100-80GB").sum_in_matmul
+    for settings in (["plan.zero_stage=2"], ["plan.gradient_accumulation_dtype=bf16"], ["method=lora"]):
+        made = plan("1xH100-80GB", *settings)
+        assert not made.sum_in_matmul, settings
+        assert reason_of(made, "plan.sum_in_matmul")
+    assert not plan("1xH100-80GB", "plan.sum_in_matmul=false").sum_in_matmul
+
+
 def test_what_does_not_pay_is_not_done() -> None:
     short = plan("1xH100-80GB", tokens=1_000_000)
     assert not short.compile_layers
@@ -56,6 +65,8 @@ def test_a_cpu_gets_neither() -> None:
         ("1xH100-80GB", ["plan.attention=packed", "train.precision=fp32"], "plan.attention"),
         ("1xH100-80GB", ["plan.attention=packed", "train.dropout=model"], "plan.attention"),
         ("2xcpu,ram=64GB", ["plan.compile=true"], "plan.compile"),
+        ("2xcpu,ram=64GB", ["plan.sum_in_matmul=true"], "plan.sum_in_matmul"),
+        ("1xH100-80GB", ["plan.sum_in_matmul=true", "plan.zero_stage=2"], "plan.sum_in_matmul"),
         ("1xH100-80GB", ["plan.compile=true", "plan.zero_stage=3"], "plan.compile"),
     ],
 )
