@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from foretune.errors import ForetuneError, UserError
-    from foretune.pipeline import RunResult, chat, evaluate, export, plan, prepare, prove, run, serve, train
+    from foretune.pipeline import RunResult, chat, evaluate, export, plan, prepare, prove, report, run, serve, train
 
 __all__ = [
     "ForetuneError",
@@ -27,6 +27,7 @@ __all__ = [
     "plan",
     "prepare",
     "prove",
+    "report",
     "run",
     "serve",
     "train",

@@ -383,6 +383,24 @@ def prove(
 
 
 @app.command()
+def report(
+    what: Annotated[str, typer.Argument(metavar="RUN", help="Run folder, or the folder of a proof.")],
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="FILE", help="File to write; RUN/report.html if not given.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Write what a run came to as one HTML file that loads nothing, whatever stage it is at.
+
+    Example:  foretune report runs/first
+    """
+    from foretune import pipeline
+
+    written = pipeline.report(what, out=out)
+    typer.echo(json.dumps({"report": str(written)}) if as_json else str(written))
+
+
+@app.command()
 def demo(
     out: Out = None,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Of training.")] = 0,
@@ -477,6 +495,7 @@ def _travel(
                 seconds_by_phase=result.seconds_by_phase,
                 predicted_against_measured=result.predicted_against_measured,
                 account=result.account,
+                report=result.report,
                 width=width,
             )
         )

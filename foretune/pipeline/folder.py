@@ -206,6 +206,21 @@ def _locked(out: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
+def in_use(out: Path) -> bool:
+    """Whether a process holds this run folder now. It is asked by a lock that many may hold, and let go at once."""
+    try:
+        descriptor = os.open(out / ".lock", os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False
+
+
 @contextmanager
 def _writable(out: Path) -> Iterator[None]:
     """What the file system refuses is the user's to mend."""

@@ -29,7 +29,7 @@ from foretune.artifacts import (
 )
 from foretune.checkpoint import layout, store
 from foretune.config import Config
-from foretune.errors import UserError
+from foretune.errors import TrainingStopped, UserError
 from foretune.events import EventKind, Journal, read_events
 from foretune.model.source import resolve_model
 from foretune.pipeline.first_look import look_at_model
@@ -73,6 +73,7 @@ class RunResult:
     seconds_by_phase: Mapping[str, float] | None = None
     predicted_against_measured: Mapping[str, Mapping[str, float]] | None = None
     account: Goodput | None = None
+    report: Path | None = None
 
     def as_json(self) -> dict[str, Any]:
         """Plain JSON values; None for what the road did not come to."""
@@ -87,6 +88,7 @@ class RunResult:
             "seconds_by_phase": self.seconds_by_phase,
             "predicted_against_measured": self.predicted_against_measured,
             "account": self.account and self.account.as_json(),
+            "report": self.report and str(self.report),
         }
 
 
@@ -129,7 +131,10 @@ def travel(
         checkpoint = road.train(plan)
         evaluation = road.evaluate(prepared, checkpoint) if last >= STAGES.index("evaluate") else None
         exported = road.export(checkpoint) if last >= STAGES.index("export") else ()
-        return RunResult(run.path, prepared, plan, checkpoint, road.loss(), evaluation, exported, *road.account())
+        account = road.account()
+        return RunResult(
+            run.path, prepared, plan, checkpoint, road.loss(), evaluation, exported, *account, report=road.report()
+        )
 
 
 class _Road:
@@ -206,7 +211,11 @@ class _Road:
         with self._stage("train", planned_memory_bytes=plan.predicted.gpu_memory_bytes) as done:
             self._progress_of("train")(f"starting {plural(plan.world_size, 'rank')}")
             began = self.run.events.stat().st_size
-            launch.train(self.run, plan, self.config, on_event=self.on_event, replan=planning.after_out_of_memory)
+            try:
+                launch.train(self.run, plan, self.config, on_event=self.on_event, replan=planning.after_out_of_memory)
+            except TrainingStopped:
+                self.report()  # what is worth reading most
+                raise
             found = store.newest_complete(self.run.checkpoints)
             assert found is not None, "training ended well and left no checkpoint"
             self._compare_with(plan, began)
@@ -251,6 +260,16 @@ class _Road:
         """The loss of the newest step in the journal."""
         losses = [event["loss"] for event in read_events(self.run.events) if event["kind"] == EventKind.STEP]
         return float(losses[-1]) if losses else None
+
+    def report(self) -> Path | None:
+        """Write RUN/report.html. A page that can't be written is a note: it never takes a run's result away."""
+        from foretune.reporting.page import write_report
+
+        try:
+            return write_report(self.run.path)
+        except Exception as error:
+            self.tell(EventKind.NOTE, message=f"the report could not be written: {type(error).__name__}: {error}")
+            return None
 
     def account(self) -> tuple[dict[str, float] | None, dict[str, dict[str, float]] | None, Goodput]:
         """Where the time went, and predicted against measured, as the journal last told them; and goodput."""

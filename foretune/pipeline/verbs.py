@@ -20,7 +20,7 @@ from foretune.errors import UserError
 from foretune.model.source import default_cache, resolve_model
 from foretune.pipeline.estimate import estimate_data
 from foretune.pipeline.first_look import look_at_model
-from foretune.pipeline.folder import calibration_file, default_out, expanded, resolved
+from foretune.pipeline.folder import calibration_file, default_out, expanded, in_use, resolved
 from foretune.pipeline.road import EventSink, RunResult, exported_models, hide_progress_bars, travel
 from foretune.planning.shapes import known_shape
 
@@ -221,6 +221,18 @@ def export(
     from foretune.exporting import export_run
 
     return export_run(folder, to=_path(to, "--to") or folder.export, kinds=kinds, step=step, on_progress=on_progress)
+
+
+def report(what: _PathLike, *, out: _PathLike | None = None) -> Path:
+    """Write one self-contained HTML file about a run, at whatever stage it is, or about a folder of `prove`.
+
+    Args:
+        out: the file; ``RUN/report.html`` if not given.
+    """
+    from foretune.reporting.page import write_report
+
+    folder = expanded("RUN", what)
+    return write_report(folder, out=_path(out), in_use=in_use(folder))
 
 
 def serve(

@@ -62,7 +62,9 @@ def goodput(events: Iterable[Mapping[str, Any]]) -> Goodput:
     training = failed = False
     for event in events:
         kind, now = event["kind"], float(event["time"])
-        if kind == EventKind.LAUNCH and not failed:
+        if kind == EventKind.RUN_STARTED:
+            failed = False  # what ended the command before has been waited out by nobody
+        elif kind == EventKind.LAUNCH and not failed:
             mark, training = now, False
         elif kind == EventKind.CHECKPOINT_SAVED:
             blocked += float(event["blocked_seconds"])

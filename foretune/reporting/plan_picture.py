@@ -12,7 +12,7 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from foretune.artifacts import Plan, Prediction
-from foretune.reporting.tables import indented
+from foretune.reporting.tables import indented, model_name
 from foretune.reporting.units import bytes_text, printable
 
 #: Part → (glyph, terminal colour, colour of the picture). Told apart without colour too; Okabe and Ito's palette.
@@ -33,6 +33,8 @@ _OTHER = ("?", "white", "#333333")
 _LONGEST = 1.6
 _NAME_COLUMNS = 46
 _SIDE_BY_SIDE = 96
+#: A picture narrower than this, in pixels, has each name above its bar.
+_NARROW_PICTURE = 640
 
 
 @dataclass(frozen=True)
@@ -127,41 +129,54 @@ def plan_svg(plan: Plan, *, width: int = 960) -> str:
     """The same bars as a picture: a whole SVG document, to be saved or to stand in an HTML page.
 
     Text takes the colour of the page it stands in. Every piece of a bar says what it is when it is pointed at.
+    A page may set the colour of what does not fit by the class ``over``.
     """
     limit, bars = plan.cluster.accelerator.memory_bytes, bars_of(plan)
-    left, right, row, top = 310, 150, 30, 44
+    narrow = width < _NARROW_PICTURE
+    left, right, row, top = (8, 8, 48, 66) if narrow else (310, 150, 30, 44)
+    legend_columns = 3 if narrow else 5
     room = width - left - right
     scale = room / min(max(limit, *(bar.total for bar in bars)), _LONGEST * limit)
     bottom = top + row * len(bars)
     names = [part for part in PARTS if any(part in bar.parts for bar in bars)]
-    legend_rows = -(-len(names) // 5)
+    legend_rows = -(-len(names) // legend_columns)
     height = bottom + 34 + 20 * legend_rows
-    title = f"Memory of a rank: {plan.model.rsplit('/', 1)[-1]} on {plan.world_size} x {plan.cluster.accelerator.name}"
+    place = f"{plan.world_size} x {plan.cluster.accelerator.name}"
+    title = f"Memory of a rank: {printable(model_name(plan.model))} on {printable(place)}"
     pieces = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
         f'role="img" aria-label="{escape(title)}" font-family="system-ui, sans-serif" font-size="13" '
         'fill="currentColor">',
         f"<title>{escape(title)}</title>",
-        f'<text x="8" y="20" font-size="15" font-weight="600">{escape(title)}</text>',
+        f'<text x="8" y="20" font-size="15" font-weight="600">{escape(_fitting(title, width // 8))}</text>',
     ]
     for number, bar in enumerate(bars):
-        pieces += _svg_bar(bar, left=left, y=top + row * number, scale=scale, room=room, limit=limit)
+        pieces += _svg_bar(bar, left=left, y=top + row * number, scale=scale, room=room, limit=limit, narrow=narrow)
     at = left + limit * scale
+    # Where names stand above the bars, the line of the limit goes through the bars alone.
+    lines = [(top + row * n - 3, top + row * n + 23) for n in range(len(bars))] if narrow else [(top - 6, bottom)]
     pieces += [
-        f'<line x1="{at:.1f}" y1="{top - 6}" x2="{at:.1f}" y2="{bottom}" stroke="currentColor" stroke-width="1.5" '
-        'stroke-dasharray="5 3"/>',
-        f'<text x="{at:.1f}" y="{bottom + 16}" text-anchor="middle">{bytes_text(limit)}, all that there is</text>',
+        f'<line x1="{at:.1f}" y1="{start}" x2="{at:.1f}" y2="{end}" stroke="currentColor" stroke-width="1.5" '
+        'stroke-dasharray="5 3"/>'
+        for start, end in lines
     ]
+    anchor = "middle" if at < width - 100 else "end"
+    pieces.append(
+        f'<text x="{at:.1f}" y="{bottom + 16}" text-anchor="{anchor}">{bytes_text(limit)}, all that there is</text>'
+    )
     for number, part in enumerate(names):
-        x, y = 8 + (number % 5) * (width - 16) // 5, bottom + 40 + 20 * (number // 5)
+        x = 8 + (number % legend_columns) * (width - 16) // legend_columns
+        y = bottom + 40 + 20 * (number // legend_columns)
         pieces.append(f'<rect x="{x}" y="{y - 11}" width="12" height="12" fill="{PARTS[part][2]}"/>')
         pieces.append(f'<text x="{x + 18}" y="{y}">{part}</text>')
     return "\n".join([*pieces, "</svg>"]) + "\n"
 
 
-def _svg_bar(bar: Bar, *, left: int, y: int, scale: float, room: int, limit: int) -> list[str]:
+def _svg_bar(bar: Bar, *, left: int, y: int, scale: float, room: int, limit: int, narrow: bool) -> list[str]:
     weight = ' font-weight="600"' if bar.chosen else ""
-    pieces = [f'<text x="{left - 8}" y="{y + 15}" text-anchor="end"{weight}>{escape(_fitting(bar.name, 46))}</text>']
+    name = escape(printable(_fitting(bar.name, 34 if narrow else 46)))
+    place = f'x="{left}" y="{y - 6}"' if narrow else f'x="{left - 8}" y="{y + 15}" text-anchor="end"'
+    pieces = [f"<text {place}{weight}>{name}</text>"]
     reached = 0
     for part, size in bar.parts.items():
         start, end = min(room, reached * scale), min(room, (reached + size) * scale)
@@ -177,10 +192,10 @@ def _svg_bar(bar: Bar, *, left: int, y: int, scale: float, room: int, limit: int
     end = left + min(room, bar.total * scale)
     if bar.total * scale < limit * scale < bar.total * scale + 70:
         end = left + limit * scale  # behind the line of the limit, not across it
-    colour = "" if bar.fits else ' fill="#D55E00"'
+    place = f'x="{left + room}" y="{y - 6}" text-anchor="end"' if narrow else f'x="{end + 6:.1f}" y="{y + 15}"'
+    colour = "" if bar.fits else ' class="over" fill="#B34700"'
     mark = "" if bar.total * scale <= room else "… "
-    pieces.append(f'<text x="{end + 6:.1f}" y="{y + 15}"{weight}{colour}>{mark}{bar.amount}</text>')
-    return pieces
+    return [*pieces, f"<text {place}{weight}{colour}>{mark}{bar.amount}</text>"]
 
 
 def _fitting(name: str, length: int) -> str:

@@ -32,7 +32,7 @@ def plan_view(plan: Plan, *, why: bool = False, width: int = 80) -> RenderableTy
     """
     parts: list[RenderableType] = [_head(plan)]
     decisions: list[Fact] = [
-        (decision.field, _value_text(decision.value), decision.reason + (" (pinned)" if decision.pinned else ""))
+        (decision.field, value_text(decision.value), decision.reason + (" (pinned)" if decision.pinned else ""))
         for decision in plan.decisions
     ]
     parts += _section("decided", facts(decisions, width))
@@ -142,7 +142,8 @@ def _figures(prediction: Prediction | None) -> str:
     return f"{bytes_text(prediction.gpu_memory_bytes)}, {duration_text(prediction.step_seconds)} a step"
 
 
-def _value_text(value: Any) -> str:
+def value_text(value: Any) -> str:
+    """A decided value: yes, no, or a number that can be read."""
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, int) and abs(value) >= 100_000:

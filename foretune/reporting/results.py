@@ -24,6 +24,7 @@ def run_view(
     seconds_by_phase: Mapping[str, float] | None,
     predicted_against_measured: Mapping[str, Mapping[str, float]] | None,
     account: Goodput | None,
+    report: Path | None = None,
     width: int,
 ) -> list[RenderableType]:
     """The end of a run: where the time went, predicted against measured, base against tuned, where everything is.
@@ -41,6 +42,7 @@ def run_view(
         parts += ["", "[bold]base against tuned[/]", evaluation_view(evaluation, width=width)]
     places: list[tuple[str, object]] = [("run", out), ("checkpoint", checkpoint)]
     places += [("model", folder_of(model, out / "export")) for model in exported]
+    places += [("report", report)] if report else []
     places.append(("next", f"foretune serve {out}" if exported else f"foretune export {out}"))
     return [*parts, "", *_named(places)]
 

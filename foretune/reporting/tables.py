@@ -28,7 +28,8 @@ from foretune.reporting.units import bytes_text, count_text, duration_text, loss
 _WIDE = 72
 _SAMPLE_CHARACTERS = 400
 
-_TEMPLATES = {
+#: Where the chat template of prepared data came from, as a sentence.
+TEMPLATES = {
     "tokenizer": "the tokenizer's own chat template",
     "fallback": "the tokenizer has none; ours is used and saved with the model",
     "file": "the file data.chat_template",
@@ -75,7 +76,7 @@ def prepared_view(prepared: PreparedDataset, *, samples: int = 3, width: int = 8
         ("tokens", count_text(prepared.tokens), targets),
         ("packed", plural(prepared.packs, "row"), fill),
         ("longest", f"{prepared.longest_document:,} tokens", ""),
-        ("template", prepared.chat_template, _TEMPLATES[prepared.chat_template]),
+        ("template", prepared.chat_template, TEMPLATES[prepared.chat_template]),
     ]
     parts: list[RenderableType] = [facts(rows, width)]
     parts += [Text(f"  note: {printable(note)}", style="yellow") for note in prepared.notes]
@@ -167,7 +168,7 @@ def predicted_view(quantities: Mapping[str, Mapping[str, float]]) -> RenderableT
     for name, pair in quantities.items():
         predicted, measured = float(pair["predicted"]), float(pair["measured"])
         ratio = f"{measured / predicted:.2f}" if predicted else "-"
-        table.add_row(_quantity_name(name), _quantity_text(name, predicted), _quantity_text(name, measured), ratio)
+        table.add_row(quantity_name(name), quantity_text(name, predicted), quantity_text(name, measured), ratio)
     return indented(table)
 
 
@@ -287,11 +288,13 @@ _QUANTITIES = {
 }
 
 
-def _quantity_name(name: str) -> str:
+def quantity_name(name: str) -> str:
+    """A quantity of `predicted_against_measured` as people call it."""
     return _QUANTITIES.get(name) or name.removesuffix("_bytes").removesuffix("_seconds").replace("_", " ")
 
 
-def _quantity_text(name: str, value: float) -> str:
+def quantity_text(name: str, value: float) -> str:
+    """Its value, in the unit that the end of its name tells."""
     if name.endswith("_bytes"):
         return bytes_text(value)
     return duration_text(value) if name.endswith("_seconds") else rate_text(value)
