@@ -268,7 +268,8 @@ class _Road:
         try:
             return write_report(self.run.path)
         except Exception as error:
-            self.tell(EventKind.NOTE, message=f"the report could not be written: {type(error).__name__}: {error}")
+            reason = str(error).partition("\n")[0]
+            self.tell(EventKind.NOTE, message=f"no report was written: {type(error).__name__}: {reason}")
             return None
 
     def account(self) -> tuple[dict[str, float] | None, dict[str, dict[str, float]] | None, Goodput]:

@@ -1,1 +1,2 @@
-"""What people see: `live` follows a run, `tables` shows what a stage found, `units` writes numbers. No torch."""
+"""What people see: `live` follows a run, `tables` shows what a stage found, `page` is the HTML file,
+`units` writes numbers. No torch."""

@@ -109,6 +109,9 @@ def test_every_artifact_is_there_and_it_learned(whole_run: Path) -> None:
     assert report.difference_interval[1] < 0, "better, with the whole interval"
     kinds = {event["kind"] for event in read_events(run.events)}
     assert kinds >= {EventKind.BREAKDOWN, EventKind.PREDICTED_AGAINST_MEASURED, EventKind.CHECKPOINT_SAVED}
+    page = run.report.read_text(encoding="utf-8")
+    assert "✓ complete" in page
+    assert all(f'id="{section}"' in page for section in ("data", "plan", "training", "evaluation", "model"))
     assert whole_run.stat().st_mode & 0o077 == 0, "private to its owner"
     assert not processes_of(whole_run)
 
@@ -197,6 +200,7 @@ def test_what_recovery_may_not_mend_ends_with_its_diagnosis(
     assert "ended by SIGKILL" in text
     assert "on rank 0" in text
     assert "last good checkpoint" in text
+    assert "✗ stopped by a fault" in (out / "report.html").read_text(encoding="utf-8")
     assert not processes_of(out)
     finish(arguments, environment)
     assert layout.complete_steps(out / "checkpoints")[0] == TOTAL_STEPS

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import foretune
+from foretune.artifacts import RunFolder
 
 MODEL = Path(__file__).parents[1] / "models" / "stories260K"
 HEAVY = ("torch", "transformers", "deepspeed", "datasets", "peft", "pyarrow")
@@ -54,6 +55,20 @@ def test_light_commands_bring_in_no_torch(words: tuple[str, ...]) -> None:
     code, heavy, _ = fresh(*words)
     assert code == (2 if "no-such-file.jsonl" in words else 0)
     assert heavy == []
+
+
+def test_a_report_brings_in_no_torch(tmp_path: Path) -> None:
+    run, plan = RunFolder(tmp_path / "run"), foretune.plan(model=str(MODEL), hardware="2xA100-40GB")
+    run.create()
+    run.config.write_text(f"model: {MODEL}\ndata: d.jsonl\n")
+    run.write_plan(plan)
+    code, heavy, body = fresh("report", str(run.path), "--json")
+    assert (code, heavy) == (0, [])
+    assert json.loads(body) == {"report": str(run.report)}
+    assert plan.strategy_name in run.report.read_text()
+    code, heavy, body = fresh("report", str(tmp_path), "--json")
+    assert (code, heavy) == (2, [])
+    assert json.loads(body)["error"]["field"] == "RUN"
 
 
 @pytest.mark.parametrize("words", [("-h",), ("plan", "--model", str(MODEL))], ids=["-h", "plan"])

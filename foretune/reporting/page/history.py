@@ -58,6 +58,11 @@ class Fault:
     why: str = ""
     back_to: int | None = None
 
+    @property
+    def at_step(self) -> int:
+        """Where it stands on a time line: at its step, or else where training went on."""
+        return self.step if self.step is not None else self.back_to or 0
+
 
 @dataclass(frozen=True)
 class Save:

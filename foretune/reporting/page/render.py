@@ -109,9 +109,10 @@ class _Shown:
     def __call__(self, value: object) -> object:
         if value is None:
             return ""
-        if isinstance(value, Markup):
-            return value
-        text = str(value)
+        return value if isinstance(value, Markup) else self.text(str(value))
+
+    def text(self, text: str) -> str:
+        """Text without paths of this machine and without control characters; not escaped yet."""
         for path, name in self._replaced:
             text = text.replace(path, name)
         return units.printable(text)
@@ -196,14 +197,15 @@ def _training_charts(material: Material) -> list[Markup]:
     history = material.history
     if not history.steps:
         return []
+    shown = _Shown(material.run.path)
+    faults = [
+        (fault, f"{fault.cause.replace('_', ' ')}: {_shortened(shown.text(fault.detail), 200)}")
+        for fault in history.faults
+    ]
+    saves = [(save, f"checkpoint of step {save.step:,}") for save in history.saves]
     marks = charts.Marks(
-        faults=[
-            charts.Mark(
-                _step_of(fault.step, fault.back_to), f"{fault.cause.replace('_', ' ')}: {_shortened(fault.detail, 200)}"
-            )
-            for fault in history.faults
-        ],
-        saves=[charts.Mark(save.step, f"checkpoint of step {save.step:,}") for save in history.saves],
+        faults=[charts.Mark(fault.at_step, said) for fault, said in faults],
+        saves=[charts.Mark(save.step, said) for save, said in saves],
     )
     held_out = [(float(step), loss, "held-out loss") for step, loss in history.evaluated]
     losses = _points(history.counted, "loss")
@@ -224,17 +226,10 @@ def _training_charts(material: Material) -> list[Markup]:
         ),
         charts.time_chart(
             history.launches,
-            faults=[
-                (fault.clock, _step_of(fault.step, fault.back_to), f"{fault.cause.replace('_', ' ')}: {fault.detail}")
-                for fault in history.faults
-            ],
-            saves=[(save.clock, save.step, f"checkpoint of step {save.step:,}") for save in history.saves],
+            faults=[(fault.clock, fault.at_step, said) for fault, said in faults],
+            saves=[(save.clock, save.step, said) for save, said in saves],
         ),
     ]
-
-
-def _step_of(step: int | None, back_to: int | None) -> int:
-    return step if step is not None else back_to or 0
 
 
 def _points(steps: Sequence[Step], name: str) -> list[charts.Point]:

@@ -15,7 +15,7 @@ from foretune.artifacts import RunFolder
 from foretune.checkpoint import layout
 from foretune.config import Config, load_config, parse_config
 from foretune.errors import UserError
-from foretune.pipeline.folder import default_out, opened, resolved, settle
+from foretune.pipeline.folder import default_out, in_use, opened, resolved, settle
 
 
 def config(**keys: Any) -> Config:
@@ -170,3 +170,11 @@ def test_what_the_file_system_refuses_is_the_users_to_mend(tmp_path: Path, error
 def test_other_errors_of_the_file_system_stay_what_they_are(tmp_path: Path) -> None:
     with pytest.raises(PermissionError), opened(RunFolder(tmp_path / "run"), config()):
         raise PermissionError(13, "Permission denied", "/somewhere/else")
+
+
+def test_a_run_is_in_use_while_it_is_held(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path / "run")
+    assert not in_use(run.path)
+    with opened(run, config()):
+        assert in_use(run.path)
+    assert not in_use(run.path)

@@ -62,6 +62,26 @@ def test_every_second_has_one_cause() -> None:
     assert account.share == pytest.approx(account.useful / account.wall_seconds)
 
 
+def test_time_between_a_training_that_was_given_up_and_the_next_command_is_nobodys() -> None:
+    given_up = [
+        at(0.0, EventKind.RUN_STARTED),
+        at(0.0, EventKind.LAUNCH, ranks=2),
+        at(2.0, EventKind.TRAINING_STARTED, step=0),
+        *steps(1, 2, 2.0),
+        at(4.5, EventKind.FAULT, cause="killed"),
+        at(4.5, EventKind.RECOVERY, action="stop"),
+    ]
+    again = [
+        at(9000.0, EventKind.RUN_STARTED),
+        at(9001.0, EventKind.LAUNCH, ranks=2),
+        at(9003.0, EventKind.TRAINING_STARTED, step=2),
+        *steps(3, 4, 9003.0),
+    ]
+    account = goodput([*given_up, *again])
+    assert account.wall_seconds == pytest.approx(4.5 + 4.0)
+    assert (account.lost["starting"], account.lost["starting again"]) == (4.0, 0.0)
+
+
 def test_accounts_add_up_and_are_shown() -> None:
     account = goodput(EVENTS)
     double = account + account
