@@ -133,7 +133,7 @@ def plan_svg(plan: Plan, *, width: int = 960) -> str:
     """
     limit, bars = plan.cluster.accelerator.memory_bytes, bars_of(plan)
     narrow = width < _NARROW_PICTURE
-    left, right, row, top = (8, 8, 48, 66) if narrow else (310, 150, 30, 44)
+    left, right, row, top = (8, 8, 48, 66) if narrow else (372, 150, 30, 44)
     legend_columns = 3 if narrow else 5
     room = width - left - right
     scale = room / min(max(limit, *(bar.total for bar in bars)), _LONGEST * limit)
@@ -148,7 +148,7 @@ def plan_svg(plan: Plan, *, width: int = 960) -> str:
         f'role="img" aria-label="{escape(title)}" font-family="system-ui, sans-serif" font-size="13" '
         'fill="currentColor">',
         f"<title>{escape(title)}</title>",
-        f'<text x="8" y="20" font-size="15" font-weight="600">{escape(_fitting(title, width // 8))}</text>',
+        f'<text x="8" y="20" font-size="15" font-weight="600">{escape(_fitting(title, width // 10))}</text>',
     ]
     for number, bar in enumerate(bars):
         pieces += _svg_bar(bar, left=left, y=top + row * number, scale=scale, room=room, limit=limit, narrow=narrow)
@@ -174,7 +174,8 @@ def plan_svg(plan: Plan, *, width: int = 960) -> str:
 
 def _svg_bar(bar: Bar, *, left: int, y: int, scale: float, room: int, limit: int, narrow: bool) -> list[str]:
     weight = ' font-weight="600"' if bar.chosen else ""
-    name = escape(printable(_fitting(bar.name, 34 if narrow else 46)))
+    most = (44 if bar.chosen else 50) - len(bar.amount) if narrow else 46  # characters; bold ones are wider
+    name = escape(printable(_fitting(bar.name, most)))
     place = f'x="{left}" y="{y - 6}"' if narrow else f'x="{left - 8}" y="{y + 15}" text-anchor="end"'
     pieces = [f"<text {place}{weight}>{name}</text>"]
     reached = 0

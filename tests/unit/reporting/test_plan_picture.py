@@ -68,6 +68,18 @@ def test_the_svg_is_whole_and_true_to_scale(plan: Plan) -> None:
     assert {name for name in PARTS if name in texts} >= {"parameters", "optimizer", "gradients"}
 
 
+def test_a_narrow_svg_has_names_above_the_bars_and_nothing_outside(plan: Plan) -> None:
+    root = ET.fromstring(plan_svg(plan, width=400))
+    for rect in root.iter(f"{SVG}rect"):
+        assert float(rect.get("x", "0")) + float(rect.get("width", "0")) <= 400
+    rows: dict[str, list[str]] = {}
+    for text in root.iter(f"{SVG}text"):
+        rows.setdefault(text.get("y", ""), []).append(text.text or "")
+    bars = [texts for texts in rows.values() if len(texts) == 2 and "GiB" in texts[1]]
+    assert len(bars) == len(bars_of(plan))
+    assert all(len(name) + len(amount) <= 50 for name, amount in bars)
+
+
 def test_names_that_could_break_xml_do_not(plan: Plan) -> None:
     odd = plan.model_copy(update={"model": '/m/<b>&"x"'})
     ET.fromstring(plan_svg(odd))
