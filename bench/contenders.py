@@ -73,7 +73,7 @@ def planned(spec: dict[str, Any]) -> tuple[Any, Any]:
     """(config, plan) of foretune for these rows."""
     from foretune.config import load_config
     from foretune.planning import make_plan
-    from foretune.planning.hardware import probe
+    from foretune.planning.machines.hardware import probe
 
     settings = [
         f"method={spec['method']}", f"train.max_length={spec['length']}", f"train.global_batch_size={spec['rows']}",

@@ -50,7 +50,7 @@ def run_foretune(spec: dict[str, Any]) -> dict[str, Any] | None:
     from foretune.distributed import rank_info
     from foretune.engine import close_group, open_group
     from foretune.planning import make_plan
-    from foretune.planning.hardware import probe
+    from foretune.planning.machines.hardware import probe
     from foretune.training.build import build_engine, build_loader
     from foretune.training.loop import train
     from foretune.training.state import TrainState

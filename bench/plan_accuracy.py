@@ -61,6 +61,7 @@ class Case:
     sums: str = "fp32"
     attention: str = "auto"
     streamed: bool = False
+    sum_in_matmul: bool = True
 
     @property
     def name(self) -> str:
@@ -295,6 +296,7 @@ def _plan_of(case: Case, cluster: Any, folder: Path) -> tuple[Any, Any]:
         "offload_optimizer_step": ("device" if case.streamed else "host") if case.offload else "auto",
         "offload_param": False,
         "attention": case.attention,
+        "sum_in_matmul": case.sum_in_matmul,
         "compile": case.compile,
     }
     (folder / "config.json").write_text(json.dumps(known_config(case.model)))
@@ -369,7 +371,8 @@ def _again(path: Path) -> int:
     for result in values["results"]:
         if "predicted" not in result:
             continue
-        case = Case(**{name: value for name, value in result.items() if name in names})
+        before = {"sum_in_matmul": False}  # what was measured before there was a choice
+        case = Case(**before | {name: value for name, value in result.items() if name in names})
         with tempfile.TemporaryDirectory(prefix="plan-accuracy-") as name:
             _, plan = _plan_of(case, Cluster.model_validate(result["cluster"]), Path(name))
         result["predicted"] = _predicted(plan)

@@ -138,6 +138,9 @@ class PlanConfig(Section):
     loss_chunk_tokens: Annotated[
         PositiveInt | Auto, Field(description="tokens whose logits exist at the same time")
     ] = "auto"
+    mlp_tile_rows: Annotated[int, Field(ge=0)] | Auto = Field(
+        "auto", description="rows of an MLP that exist at a time, for long rows; 0 is all of them (not at ZeRO-3)"
+    )
     reduce_bucket_size: Annotated[PositiveInt | Auto, Field(description="gradients that are reduced at a time")] = (
         "auto"
     )
@@ -149,6 +152,10 @@ class PlanConfig(Section):
     nvme_path: Annotated[
         str | None, Field(description="folder on a fast disk that may be offloaded to; without it none is")
     ] = None
+    fp8: Annotated[
+        bool | Auto,
+        Field(description="linear maps of the layers in 8-bit floats: other numerics, needs allow_numerics; auto: no"),
+    ] = "auto"
     compile: Annotated[bool | Auto, Field(description="compile the layers (GPU; not at ZeRO-3)")] = "auto"
     sum_in_matmul: Annotated[
         bool | Auto,

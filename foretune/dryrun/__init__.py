@@ -22,7 +22,8 @@ from typing import Any
 from foretune.artifacts import Plan, RunFolder, write_atomically
 from foretune.config import Config, to_yaml
 from foretune.errors import UserError
-from foretune.planning.planner import shape_for, work_and_strategy
+from foretune.planning.layout import work_and_strategy
+from foretune.planning.planner import shape_for
 from foretune.planning.predict.memory import standing_bytes
 from foretune.planning.shapes import known_config
 

@@ -69,6 +69,12 @@ class ModelShape:
         }
 
     @property
+    def mlp_parameters(self) -> int:
+        """Parameters of one layer's linears that lead into the MLP's inner width or out of it."""
+        i = self.intermediate_size
+        return sum(one.parameters for one in self.linears if one.inputs == i or one.outputs in (i, 2 * i))
+
+    @property
     def matmul_parameters(self) -> int:
         """Parameters that every token is multiplied with: the layers' linears and the output head (tied or not)."""
         linear = sum(linear.copies * linear.inputs * linear.outputs for linear in self.linears)

@@ -5,7 +5,7 @@ nvidia-smi | SPEC ──▶ Cluster ──┐
 Config, PreparedDataset ────────┴──search memory and time──▶ Plan, deepspeed.json
 """
 
-from foretune.planning.hardware import parse_hardware, probe
+from foretune.planning.machines.hardware import parse_hardware, probe
 from foretune.planning.planner import make_plan
 from foretune.planning.predict.calibration import Calibration
 from foretune.planning.replan import after_out_of_memory

@@ -85,6 +85,7 @@ def explain_strategy(
         "gradient_accumulation_steps": (s.accumulation_steps, batch),
         "checkpointed_layers": (s.checkpointed_layers, f"activations: {recompute}; {fill}"),
         "loss_chunk_tokens": (s.loss_chunk_tokens, _explain_chunk(work, s)),
+        "mlp_tile_rows": (s.mlp_tile_rows, _explain_tiles(work, s)),
         "reduce_bucket_size": (s.reduce_bucket_size, _explain_bucket(work, s)),
         "sub_group_size": (s.sub_group_size, _explain_sub_group(s)),
     }
@@ -139,6 +140,15 @@ def _explain_chunk(work: Workload, s: Strategy) -> str:
     return (
         f"of {tokens:,} tokens; {logits} of fp32 logits at a time instead of {gib(4 * tokens * work.shape.vocab_size)}"
     )
+
+
+def _explain_tiles(work: Workload, s: Strategy) -> str:
+    tokens = s.micro_batch_size * work.max_length
+    inner = work.shape.saved.mlp * work.parameter_bytes * work.shape.intermediate_size
+    if not s.mlp_tile_rows:
+        return f"MLPs in one piece, {gib(tokens * inner)} of inner values a layer: tiles would compute them again"
+    kept = gib(s.mlp_tile_rows * inner)
+    return f"{kept} of an MLP's inner values at a time instead of {gib(tokens * inner)}; computed again in backward"
 
 
 def _explain_bucket(work: Workload, s: Strategy) -> str:

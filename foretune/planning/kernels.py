@@ -1,6 +1,6 @@
 """Which kernels compute a layer: choices that change its speed and its rounding, not its mathematics.
 
-Config × Workload × Cluster ──▶ `plan.attention`, `plan.compile`, `plan.sum_in_matmul`, each with a reason
+Config × Workload × Cluster ──▶ `plan.attention`, `plan.compile`, `plan.fp8`, `plan.sum_in_matmul`, each with a reason
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 from foretune.artifacts import Cluster, Decision
 from foretune.config import Config
 from foretune.errors import UserError
+from foretune.planning.machines import catalogue
 from foretune.planning.predict.memory import sums_apart
 from foretune.planning.strategy import Strategy, Workload
 
@@ -72,6 +73,33 @@ def choose_compile(config: Config, cluster: Cluster, *, zero_stage: int | None) 
     return Decision(field=field, value=True, reason="norms, rotary embeddings and activations become one kernel each")
 
 
+def choose_fp8(config: Config, work: Workload, cluster: Cluster, *, zero_stage: int) -> Decision:
+    """Linear maps in 8-bit floats, where they are asked for: never by itself, and with no gain promised.
+
+    Raises:
+        UserError: (field ``plan.fp8``) asked for where it cannot be, or without leave to change numerics.
+    """
+    asked, field = config.plan.fp8, "plan.fp8"
+    if asked is not True:
+        reason = "exact" if config.allow_numerics else "exact; --allow-numerics would let it be asked for"
+        return Decision(field=field, value=False, reason=reason, pinned=asked is False)
+    if not config.allow_numerics:
+        raise UserError(field, True, "changes the numerics of training", "add --allow-numerics, or remove the key")
+    obstacle = None
+    if cluster.accelerator.kind != "cuda":
+        obstacle = "8-bit matrix units are in GPUs"
+    elif not catalogue.has_fp8(cluster.accelerator.name):
+        obstacle = f"{cluster.accelerator.name} is not known to have 8-bit matrix units (Ada, Hopper and later have)"
+    elif work.precision != "bf16":
+        obstacle = f"it is written for bf16, and the model trains in {work.precision}"
+    elif zero_stage == 3:
+        obstacle = "ZeRO-3 has no whole weights to cast"
+    if obstacle:
+        raise UserError(field, True, obstacle, "remove the key")
+    reason = "changes numerics (allowed): e4m3 forward, e5m2 gradients; its gain is not measured, so none is predicted"
+    return Decision(field=field, value=True, reason=reason, pinned=True)
+
+
 def choose_sum_in_matmul(config: Config, work: Workload, cluster: Cluster, strategy: Strategy) -> Decision:
     """Weight gradients added inside the product where their fp32 sums lie apart from them.
 
@@ -86,6 +114,8 @@ def choose_sum_in_matmul(config: Config, work: Workload, cluster: Cluster, strat
         obstacle = "an adapter's matrices are too small to gain by it"
     elif not sums_apart(work, strategy):
         obstacle = "gradients have no fp32 sums of their own here, as they have at ZeRO-1 with bf16"
+    elif strategy.mlp_tile_rows:
+        obstacle = "tiles of an MLP sum the gradients of its weights themselves"
     if asked is True and obstacle:
         raise UserError(field, asked, obstacle, "remove the key")
     if asked != "auto":

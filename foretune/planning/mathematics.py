@@ -6,7 +6,7 @@ the layout, never the update. What a user has set is checked and kept.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 from typing import Any
 
@@ -15,7 +15,7 @@ from foretune.checkpoint.interval import SAVING_SHARE
 from foretune.config import Config
 from foretune.errors import UserError
 from foretune.model.shape import ModelShape
-from foretune.planning.strategy import Precision
+from foretune.planning.strategy import Precision, Workload
 
 #: Without data: a number of tokens that is stated, not known.
 ASSUMED_TOKENS = 10_000_000
@@ -25,6 +25,9 @@ MOST_ROWS = 64
 FEWEST_DOCUMENTS = 8
 #: Documents are of one length if the longest is no longer than the mean, up to this.
 _EQUAL = 0.01
+
+#: Rows that are not packed are padded to the longest of their micro-batch.
+_PADDED = 1.25
 
 #: A checkpoint is written, synced and hashed at about this rate (measured: 0.1 to 0.4 GB/s on virtual disks).
 SAVING_BYTES_PER_SECOND = 0.3e9
@@ -53,6 +56,110 @@ class DataFacts:
     length_reason: str
     source: str
     equal_documents: bool = False
+
+
+@dataclass(frozen=True)
+class Mathematics:
+    """What is to be computed: it gives the same update on any number of devices."""
+
+    data: DataFacts
+    precision: Decision
+    accumulation: Decision  # the format gradients are summed in
+    batch: Decision  # rows of a step
+    rate: Decision
+    steps_per_epoch: int
+    total_steps: int
+
+    @property
+    def decisions(self) -> list[Decision]:
+        length = decide("train.max_length", self.data.max_length, self.data.length_reason)
+        return [self.precision, self.accumulation, self.batch, length, self.rate]
+
+    @property
+    def tokens_of_step(self) -> float:
+        tokens: float = self.batch.value * self.data.tokens / self.data.packs
+        return tokens
+
+    def with_16_bit_sums(self) -> Mathematics:
+        """For masters in bf16."""
+        reason = "a bf16 master is stepped with bf16 gradients"
+        return replace(self, accumulation=decide(self.accumulation.field, self.precision.value, reason))
+
+    def plan_fields(self, config: Config) -> dict[str, Any]:
+        """Fields of `Plan` that say what."""
+        return {
+            "precision": self.precision.value,
+            "gradient_accumulation_dtype": self.accumulation.value,
+            "global_batch_size": self.batch.value,
+            "max_length": self.data.max_length,
+            "packing": config.data.packing,
+            "learning_rate": self.rate.value,
+            "optimizer": config.train.optimizer,
+            "schedule": config.train.schedule,
+            "warmup_steps": warmup_steps_of(config, self.total_steps),
+            "total_steps": self.total_steps,
+            "steps_per_epoch": self.steps_per_epoch,
+        }
+
+
+def decide_mathematics(
+    config: Config,
+    shape: ModelShape,
+    cluster: Cluster,
+    prepared: PreparedDataset | None,
+    *,
+    tokens: int | None,
+    estimate: DataEstimate | None,
+) -> Mathematics:
+    """Everything that changes the result. Raises: UserError, as the functions below."""
+    data = data_facts(config, shape, prepared, tokens, estimate)
+    precision = choose_precision(config, cluster)
+    batch = choose_global_batch(config, data)
+    per_epoch, total = steps_of(config, data, batch.value)
+    return Mathematics(
+        data=data,
+        precision=precision,
+        accumulation=choose_accumulation_dtype(config, precision.value),
+        batch=batch,
+        rate=choose_learning_rate(config, shape.parameters),
+        steps_per_epoch=per_epoch,
+        total_steps=total,
+    )
+
+
+def workload_of(config: Config, shape: ModelShape, wanted: Mathematics) -> Workload:
+    """The work of one step."""
+    precision, accumulation = wanted.precision.value, wanted.accumulation.value
+    return workload(
+        config, shape, wanted.data, precision=precision, accumulation=accumulation, packs=wanted.batch.value
+    )
+
+
+def workload(
+    config: Config, shape: ModelShape, data: DataFacts, *, precision: Precision, accumulation: Precision, packs: int
+) -> Workload:
+    """The work of one step of this configuration."""
+    if config.method == "lora":
+        trainable, frozen = shape.lora_parameters(config.lora.r, config.lora.target_modules), shape.parameters
+    else:
+        trainable, frozen = shape.parameters, 0
+    packing = config.data.packing
+    states = 8 if config.train.optimizer != "sgd" else (4 if config.train.momentum else 0)
+    return Workload(
+        shape=shape,
+        trainable=trainable,
+        frozen=frozen,
+        lora_rank=config.lora.r if frozen else 0,
+        precision=precision,
+        accumulation_dtype=accumulation,
+        optimizer_state_bytes=states,
+        max_length=data.max_length,
+        row_length=float(data.max_length) if packing else min(data.max_length, _PADDED * data.document_length),
+        rows=packs if packing else ceil(packs * data.documents / data.packs),
+        document_length=data.document_length,
+        packing=packing,
+        equal_documents=data.equal_documents,
+    )
 
 
 def decide(config_field: str, value: Any, reason: str, *, pinned: bool = False) -> Decision:

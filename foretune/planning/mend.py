@@ -11,8 +11,8 @@ from dataclasses import replace
 from foretune.artifacts import Cluster
 from foretune.config import Config
 from foretune.errors import NoPlanFits, UserError
-from foretune.planning import catalogue
 from foretune.planning.explain import shortfall
+from foretune.planning.machines import catalogue
 from foretune.planning.predict import host, memory
 from foretune.planning.search import LOSS_CHUNKS, Candidate, best_of_families, evaluate, search_space
 from foretune.planning.strategy import GIB, Workload, gib

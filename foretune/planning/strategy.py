@@ -32,6 +32,7 @@ class Workload:
     packing: bool
     equal_documents: bool = False  # all of one length: attention is a batch, for faster kernels
     attention: Literal["packed", "sdpa"] = "sdpa"  # packed: the kernel knows where documents end, so there is no mask
+    sums_inside: bool = False  # a GPU's products add to fp32 sums where these are apart from 16-bit gradients
     compiled: bool = False  # layers, and the softmax of the loss; not at stage 3
     pace: tuple[float, float] = (1.0, 1.0)  # measured / predicted step time on this machine, below stage 3 and at it
 
@@ -71,6 +72,7 @@ class Strategy:
     bf16_states: bool = False  # master weights and optimizer states in bf16: changes numerics
     nvme: bool = False  # what is offloaded lies on NVMe, not in host memory
     streamed: bool = False
+    mlp_tile_rows: int = 0  # rows of an MLP that exist at a time; 0 is all of them
 
     def sized_for(self, work: Workload) -> Strategy:
         """With buckets and sub-groups as they are derived from the model."""

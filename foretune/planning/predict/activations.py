@@ -19,7 +19,7 @@ def is_compiled(work: Workload, strategy: Strategy) -> bool:
     return work.compiled and strategy.zero_stage < 3
 
 
-def activation_bytes_per_token_layer(work: Workload, *, compiled: bool = False) -> int:
+def activation_bytes_per_token_layer(work: Workload, *, compiled: bool = False, tiled: bool = False) -> int:
     """What one layer keeps for backward, per token: the tensors that autograd saves of Hugging Face's own layers.
 
     A Llama layer, b bytes an element: two RMS norms compute in fp32 and keep their input (4h), its normalised value for
@@ -32,7 +32,8 @@ def activation_bytes_per_token_layer(work: Workload, *, compiled: bool = False) 
     whole scores are kept (8 bytes a head and position).
 
     Compiled layers keep what a minimal cut through their graph crosses (torch's partitioner, measured per family): one
-    of two fp32 norm inputs, no normalised values, and gate, up and product of the MLP.
+    of two fp32 norm inputs, no normalised values, and gate, up and product of the MLP. MLPs in tiles keep nothing
+    inside.
     """
     shape, b, saved = work.shape, work.parameter_bytes, work.shape.saved
     h, q, k = shape.hidden_size, shape.num_attention_heads * shape.head_dim, shape.num_key_value_heads * shape.head_dim
@@ -52,14 +53,36 @@ def activation_bytes_per_token_layer(work: Workload, *, compiled: bool = False) 
     if saved.qk_norm:
         attention += b * (q + k) if compiled else (4 + normalised) * (q + k)
     adapters = sum(linear.copies for linear in shape.linears) * b * work.lora_rank
-    mlp = _COMPILED_MLP.get(saved.mlp, saved.mlp) if compiled else saved.mlp
+    mlp = 0 if tiled else _COMPILED_MLP.get(saved.mlp, saved.mlp) if compiled else saved.mlp
     return hidden + attention + b * mlp * shape.intermediate_size + adapters + 16
 
 
-def working_bytes_per_token(work: Workload) -> int:
-    """What a layer's backward holds beside what was saved: gradients of the MLP's inner values and of its ends."""
+def working_bytes_per_token(work: Workload, *, tiled: bool = False) -> int:
+    """What a layer's backward holds beside what was saved: gradients of the MLP's inner values and of its ends.
+
+    In tiles: of its ends, and its output, which is made in one piece.
+    """
     shape = work.shape
-    return work.parameter_bytes * (3 * shape.intermediate_size + 2 * shape.hidden_size)
+    inner = 0 if tiled else 3 * shape.intermediate_size
+    return work.parameter_bytes * (inner + (3 if tiled else 2) * shape.hidden_size)
+
+
+def tile_bytes(work: Workload, strategy: Strategy) -> int:
+    """What one tile of an MLP takes in backward: its inner values and their gradients, and the weights' gradients.
+
+    Those are summed over tiles in fp32 (4), come in their own format, and are rounded to it at the end (2b).
+    """
+    shape, b, rows = work.shape, work.parameter_bytes, strategy.mlp_tile_rows
+    if not rows:
+        return 0
+    weights = 0 if work.lora_rank else (4 + 2 * b) * shape.mlp_parameters
+    return rows * b * (shape.saved.mlp + 3) * shape.intermediate_size + weights
+
+
+def layer_bytes_per_token(work: Workload, strategy: Strategy) -> int:
+    """What one layer keeps for backward as a strategy runs it."""
+    compiled, tiled = is_compiled(work, strategy), strategy.mlp_tile_rows > 0
+    return activation_bytes_per_token_layer(work, compiled=compiled, tiled=tiled)
 
 
 def activation_bytes(work: Workload, strategy: Strategy) -> int:
@@ -67,7 +90,7 @@ def activation_bytes(work: Workload, strategy: Strategy) -> int:
     shape, b = work.shape, work.parameter_bytes
     tokens = strategy.micro_batch_size * work.max_length
     kept = strategy.checkpointed_layers
-    saved = activation_bytes_per_token_layer(work, compiled=is_compiled(work, strategy))
+    saved = layer_bytes_per_token(work, strategy)
     layers = (shape.num_layers - kept) * saved + kept * b * shape.hidden_size
     return tokens * (layers + around_bytes_per_token(work)) + mask_bytes(work, strategy)
 

@@ -148,22 +148,23 @@ def _gradients(phase: str, work: Workload, strategy: Strategy, cluster: Cluster)
 def _activations(phase: str, work: Workload, strategy: Strategy) -> Iterator[Derivation]:
     shape, b = work.shape, work.parameter_bytes
     tokens, kept = strategy.micro_batch_size * work.max_length, strategy.checkpointed_layers
-    compiled = activations.is_compiled(work, strategy)
-    saved = activations.activation_bytes_per_token_layer(work, compiled=compiled)
-    inside = activations.working_bytes_per_token(work)
-    what = (
-        f"A = {saved:,} bytes a token and layer that autograd saves ({shape.family}{', compiled' if compiled else ''})"
-    )
+    compiled, tile = activations.is_compiled(work, strategy), strategy.mlp_tile_rows
+    saved = activations.layer_bytes_per_token(work, strategy)
+    inside = activations.working_bytes_per_token(work, tiled=tile > 0)
+    kind = f"{shape.family}{', compiled' if compiled else ''}{', MLPs in tiles' if tile else ''}"
+    what = f"A = {saved:,} bytes a token and layer that autograd saves ({kind})"
 
     def line(formula: str, numbers: str, value: int, source: str = "") -> Derivation:
         return Derivation(part="activations", formula=formula, numbers=numbers, value=value, source=source)
 
-    working = line(
-        "T·b·(3i + 2h)", f"{tokens:,} · {inside:,}", tokens * inside, "gradients inside one layer's backward"
-    )
+    formula = "T·b·3h" if tile else "T·b·(3i + 2h)"
+    within = [line(formula, f"{tokens:,} · {inside:,}", tokens * inside, "gradients inside one layer's backward")]
+    if tile:
+        size = activations.tile_bytes(work, strategy)
+        within.append(line("tile", f"{tile:,} rows", size, "a tile's inner values, sums of its weights' gradients"))
     if phase == "end of backward":
         yield line("T·A", f"{tokens:,} · {saved:,}", tokens * saved, what)
-        yield working
+        yield from within
         return
     layers = shape.num_layers - kept
     yield line("T·(L - k)·A", f"{tokens:,} · {layers} · {saved:,}", tokens * layers * saved, what)
@@ -181,7 +182,7 @@ def _activations(phase: str, work: Workload, strategy: Strategy) -> Iterator[Der
     if phase == "backward":
         if kept:
             yield line("T·A", f"{tokens:,} · {saved:,}", tokens * saved, f"one layer recomputed ({CHECKPOINTING})")
-        yield working
+        yield from within
 
 
 def _loss(phase: str, work: Workload, strategy: Strategy) -> Iterator[Derivation]:

@@ -74,9 +74,9 @@ def phases(work: Workload, strategy: Strategy, cluster: Cluster) -> dict[str, di
 
     tokens = strategy.micro_batch_size * work.max_length
     kept = activations.activation_bytes(work, strategy)
-    compiled = activations.is_compiled(work, strategy)
-    inside = tokens * activations.working_bytes_per_token(work)
-    layer = tokens * activations.activation_bytes_per_token_layer(work, compiled=compiled) + inside
+    inside = tokens * activations.working_bytes_per_token(work, tiled=strategy.mlp_tile_rows > 0)
+    inside += activations.tile_bytes(work, strategy)
+    layer = tokens * activations.layer_bytes_per_token(work, strategy) + inside
     # The layer whose backward runs: recomputed anew, or what it had saved is counted already.
     running = layer if strategy.checkpointed_layers else inside
     shard = shard_of(work, strategy, cluster)
@@ -185,6 +185,14 @@ def sums_apart(work: Workload, strategy: Strategy) -> bool:
     different = work.precision == "bf16" and work.accumulation_dtype == "fp32"
     by_deepspeed = strategy.offload_optimizer and not strategy.streamed
     return strategy.zero_stage == 1 and different and not by_deepspeed and not strategy.bf16_states
+
+
+def sums_inside(work: Workload, strategy: Strategy) -> bool:
+    """Whether linear maps add their weights' gradients to the fp32 sums in the product (`foretune.model.weight_sums`).
+
+    Tiles of an MLP sum by themselves; of adapters the sums are small.
+    """
+    return work.sums_inside and sums_apart(work, strategy) and not work.lora_rank and not strategy.mlp_tile_rows
 
 
 def reduced_at_step(work: Workload, strategy: Strategy, cluster: Cluster) -> bool:

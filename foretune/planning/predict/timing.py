@@ -16,9 +16,9 @@ from math import ceil
 
 from foretune.artifacts import Cluster
 from foretune.model.shape import ModelShape
-from foretune.planning.predict.activations import activation_bytes_per_token_layer, is_compiled
+from foretune.planning.predict.activations import is_compiled, layer_bytes_per_token
 from foretune.planning.predict.eager import eager_costs
-from foretune.planning.predict.memory import reduced_at_step, sums_apart
+from foretune.planning.predict.memory import reduced_at_step, sums_apart, sums_inside
 from foretune.planning.strategy import Strategy, Workload
 
 #: The constants that carry "fitted" were fitted to 23 runs of the 0.5B, 1.5B, GPT-2 and GPT-2 XL shapes on one H100
@@ -65,6 +65,8 @@ MICRO_BATCH_SECONDS = {"cuda": 0.010, "cpu": 1e-3}
 STEP_SECONDS = {"cuda": 0.0175, "cpu": 1e-3}
 #: What a recomputed layer adds to calls, and to the parameters that ZeRO-3 fetches: one more forward pass.
 RECOMPUTED_CALLS, RECOMPUTED_FETCHES = 1 / 3, 1 / 2
+#: Calls of one tile of an MLP: forward, forward again, backward, sums.
+TILE_CALLS = 50
 #: How closely the device's and the host's time overlap: the larger of both, and more where they are close.
 OVERLAP = 8.0
 #: CPU Adam: trained parameters per second and core. torch's at stages 1 and 2 took 0.6 s for 1.5e9 on 16 cores,
@@ -130,12 +132,18 @@ def attention_flops_per_row(work: Workload, checkpointed_layers: int = 0) -> flo
     return work.row_length * passes * shape.num_layers * width * length
 
 
+def _tiled_flops_per_row(work: Workload, strategy: Strategy) -> float:
+    """FLOP of MLPs in tiles beyond those of whole ones: forward once more, in backward."""
+    return 2.0 * work.row_length * work.shape.num_layers * work.shape.mlp_parameters if strategy.mlp_tile_rows else 0.0
+
+
 def step_time(work: Workload, strategy: Strategy, cluster: Cluster) -> StepTime:
     """Predict one optimizer step on one rank (all ranks do the same)."""
     rows = strategy.micro_batch_size * strategy.accumulation_steps
     rate = _matmul_rate(work, cluster)
     compute = rows * flops_per_row(work, strategy.checkpointed_layers) / rate
     attention_rate = rate * _attention_share(work) / MATMUL_SHARE
+    compute += rows * _tiled_flops_per_row(work, strategy) / rate
     compute += rows * attention_flops_per_row(work, strategy.checkpointed_layers) / attention_rate
     memory_bound = _traffic(work, strategy, cluster) / _bandwidth(cluster)
     device, host = compute + memory_bound, _host_seconds(work, strategy, cluster)
@@ -158,16 +166,18 @@ def _traffic(work: Workload, strategy: Strategy, cluster: Cluster) -> float:
     tokens = strategy.micro_batch_size * strategy.accumulation_steps * work.row_length
     share = strategy.checkpointed_layers / shape.num_layers
     if compiled:
-        per_layer = COMPILED_PASSES * (1.0 + share / 2) * activation_bytes_per_token_layer(work, compiled=True)
+        per_layer = COMPILED_PASSES * (1.0 + share / 2) * layer_bytes_per_token(work, strategy)
     else:
         # A third of it is forward, which is what is done again.
         per_layer = (1.0 + 0.3 * share) * b / 2 * eager_costs(shape).bytes_per_token(shape, work.row_length)
         if work.lora_rank and not _fuses_adapters(work, strategy):
             ends = ADAPTER_INPUT_BYTES, ADAPTER_OUTPUT_BYTES
             per_layer += sum(one.copies * (ends[0] * one.inputs + ends[1] * one.outputs) for one in shape.linears)
-    traffic = tokens * shape.num_layers * per_layer
+    traffic = tokens * shape.num_layers * (per_layer + _tile_traffic(work, strategy))
     # Gradients of a micro-batch are read, and their sum is read and written, by whoever owns it.
     owned = work.trainable / (cluster.world_size if strategy.zero_stage >= 2 else 1)
+    if sums_inside(work, strategy):
+        owned -= shape.num_layers * sum(linear.copies * linear.inputs * linear.outputs for linear in shape.linears)
     traffic += (strategy.accumulation_steps - 1) * (b + 2 * work.gradient_bytes) * owned
     traffic += tokens * (COMPILED_LOGIT_BYTES if compiled else LOGIT_BYTES) * shape.vocab_size
     if not work.lora_rank and shape.plain_head:
@@ -177,6 +187,17 @@ def _traffic(work: Workload, strategy: Strategy, cluster: Cluster) -> float:
         )
         traffic += chunks * (8 + b) * shape.vocab_size * shape.hidden_size
     return traffic
+
+
+def _tile_traffic(work: Workload, strategy: Strategy) -> float:
+    """Bytes a token and layer that MLPs in tiles move more: they are not compiled, and sum their gradients in fp32."""
+    if not strategy.mlp_tile_rows:
+        return 0.0
+    shape, b = work.shape, work.parameter_bytes
+    pointwise = b / 2 * eager_costs(shape).inner * shape.intermediate_size
+    again = 1 / 3 + (1.0 + strategy.checkpointed_layers / shape.num_layers / 3 if is_compiled(work, strategy) else 0.0)
+    sums = 0.0 if work.lora_rank else (8 + b) * shape.mlp_parameters / strategy.mlp_tile_rows
+    return again * pointwise + sums
 
 
 def _fuses_adapters(work: Workload, strategy: Strategy) -> bool:
@@ -194,6 +215,9 @@ def _host_seconds(work: Workload, strategy: Strategy, cluster: Cluster) -> float
     if work.lora_rank and kind == "cuda":
         per_layer += ADAPTER_SECONDS * linears
     per_layer *= 1.0 + RECOMPUTED_CALLS * share
+    if strategy.mlp_tile_rows:
+        tiles = ceil(strategy.micro_batch_size * work.row_length / strategy.mlp_tile_rows)
+        per_layer += TILE_CALLS * CALL_SECONDS[kind] * tiles
     if kind == "cuda":
         small = sum(linear.copies for linear in shape.linears if linear.bias) + _norm_tensors(shape)
         adapters = 2 * linears if work.lora_rank else 0

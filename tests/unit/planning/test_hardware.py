@@ -10,8 +10,9 @@ from types import SimpleNamespace
 import pytest
 
 from foretune.errors import UserError
-from foretune.planning import hardware, parse_hardware, probe
-from foretune.planning.catalogue import CARDS, GIB, find_card, normalised
+from foretune.planning import parse_hardware, probe
+from foretune.planning.machines import hardware
+from foretune.planning.machines.catalogue import CARDS, GIB, find_card, normalised
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import pytest
 from foretune.artifacts import Plan
 from foretune.config import load_config
 from foretune.errors import UserError
-from foretune.planning.hardware import parse_hardware
+from foretune.planning.machines.hardware import parse_hardware
 from foretune.planning.planner import make_plan
 
 

@@ -11,8 +11,10 @@ from torch.utils._pytree import tree_leaves
 
 from foretune.model.compilation import compile_layers
 from foretune.model.shape import shape_of
+from foretune.model.tiling import tile_mlps
 from foretune.planning.predict.activations import activation_bytes_per_token_layer
 from foretune.planning.predict.eager import eager_costs
+from foretune.planning.search import TILED_FAMILIES
 from foretune.planning.strategy import Precision, Workload
 
 LENGTH, ROWS, LORA_RANK = 128, 2, 8
@@ -53,6 +55,7 @@ def saved_bytes(
     packed: bool,
     lora: bool,
     compiled: bool = False,
+    tile_rows: int = 0,
 ) -> int:
     """Bytes of the distinct storages that autograd saves in one forward pass, parameters not counted."""
     from peft import LoraConfig, get_peft_model
@@ -73,6 +76,8 @@ def saved_bytes(
         model = get_peft_model(model, adapters, autocast_adapter_dtype=False).to(DTYPES[precision])
         core = model.get_base_model().get_decoder()
     model.train()
+    if tile_rows:
+        assert tile_mlps(model, tile_rows) == layers
     if compiled:  # torch's partitioner decides what is kept; no compiler is needed for that
         compile_layers(model, backend="aot_eager_decomp_partition")
     parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
@@ -134,6 +139,43 @@ def test_a_compiled_layer_saves_what_the_closed_form_says(family: str, keys: dic
         document_length=LENGTH, packing=False,
     )  # fmt: skip
     assert activation_bytes_per_token_layer(work, compiled=True) == pytest.approx(measured, rel=0.02)
+
+
+@pytest.mark.filterwarnings("ignore")  # of the compiler, about its own parts
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize(
+    ("family", "keys"),
+    [case for case in CASES if case[0] in ("gpt2", "gpt_neox", "llama", "qwen2", "qwen3")],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_layer_with_its_mlp_in_tiles_saves_what_the_closed_form_says(
+    family: str, keys: dict[str, Any], compiled: bool
+) -> None:
+    options: dict[str, Any] = {"precision": "bf16", "packed": False, "lora": False, "compiled": compiled}
+    three, two = (saved_bytes(family, keys, layers=layers, tile_rows=32, **options) for layers in (3, 2))
+    measured = (three - two) / (ROWS * LENGTH)
+    shape = shape_of({**keys, "model_type": family}, origin="test")
+    work = Workload(
+        shape=shape, trainable=1, frozen=0, lora_rank=0, precision="bf16", accumulation_dtype="fp32",
+        optimizer_state_bytes=8, max_length=LENGTH, row_length=LENGTH, rows=ROWS, document_length=LENGTH, packing=False,
+    )  # fmt: skip
+    assert activation_bytes_per_token_layer(work, compiled=compiled, tiled=True) == pytest.approx(measured, rel=0.02)
+
+
+def test_the_planner_tiles_families_whose_mlps_can_be() -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    for family, keys in CASES:
+        depth = "n_layer" if family == "gpt2" else "num_hidden_layers"
+        config = AutoConfig.for_model(family, **keys, **{depth: 2})
+        for name, value in list(vars(config).items()):
+            if isinstance(value, float) and "drop" in name:
+                setattr(config, name, 0.0)
+        model = AutoModelForCausalLM.from_config(config)
+        assert (tile_mlps(model, 4) == 2) == (family in TILED_FAMILIES), family
+        shape = shape_of({**keys, "model_type": family, depth: 2}, origin="test")
+        mlp = next(module for name, module in model.named_modules() if name.endswith(".mlp"))
+        assert shape.mlp_parameters == sum(parameter.numel() for parameter in mlp.parameters()), family
 
 
 #: Calls that move nothing: they are counted as calls alone.

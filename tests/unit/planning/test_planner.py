@@ -21,7 +21,7 @@ from foretune.config import Config
 from foretune.config.schema import PlanConfig
 from foretune.errors import NoPlanFits, UserError
 from foretune.planning import make_plan, parse_hardware, probe
-from foretune.planning.catalogue import GIB
+from foretune.planning.machines.catalogue import GIB
 from foretune.planning.mathematics import SAVING_BYTES_PER_SECOND, SAVING_SHARE
 from foretune.planning.predict import host, memory
 

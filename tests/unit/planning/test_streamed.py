@@ -14,7 +14,8 @@ from foretune.artifacts import Plan
 from foretune.config import Config
 from foretune.errors import UserError
 from foretune.planning import after_out_of_memory, make_plan, parse_hardware
-from foretune.planning.planner import shape_for, work_and_strategy
+from foretune.planning.layout import work_and_strategy
+from foretune.planning.planner import shape_for
 from foretune.planning.predict import host, memory, timing
 from foretune.planning.search import evaluate
 
@@ -28,6 +29,7 @@ MEASURED = {
     "loss_chunk_tokens": 2048,
     "offload_optimizer": 0.85,
     "offload_optimizer_step": "device",
+    "sum_in_matmul": False,
 }
 PARAMETERS = 7_615_616_512
 

@@ -107,6 +107,15 @@ WATTS: dict[str, float] = {
 }
 # fmt: on
 
+#: Beginnings of the names of cards with 8-bit matrix units: Ada, Hopper, Blackwell.
+_FP8 = ("H", "GH", "B", "GB", "L4", "RTX40", "RTX50", "RTX6000ADA", "RTXPRO")
+
+
+def has_fp8(name: str) -> bool:
+    """Whether a card of the catalogue multiplies 8-bit floats."""
+    return find_card(name) is not None and name.startswith(_FP8)
+
+
 #: Of a CPU core, fp32: 16 lanes times multiply and add at about 2.5 GHz, the rate a well-kept matmul sustains.
 CPU_CORE_FLOPS = 80e9
 CPU_BANDWIDTH = 20e9  # bytes per second of one socket that one or two cores can draw

@@ -15,8 +15,8 @@ import psutil
 
 from foretune.artifacts import Accelerator, Cluster
 from foretune.errors import UserError
-from foretune.planning import catalogue
-from foretune.planning.catalogue import CARDS, GIB, Card, find_card, normalised
+from foretune.planning.machines import catalogue
+from foretune.planning.machines.catalogue import CARDS, GIB, Card, find_card, normalised
 
 #: Ranks on a machine without a GPU when nobody says how many; see `default_cpu_ranks`.
 MOST_CPU_RANKS = 2

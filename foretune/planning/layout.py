@@ -1,0 +1,142 @@
+"""How the work is done: kernels and search in, `Layout` out; from a strategy to the fields of a plan, and back.
+
+Kernels are chosen before the search, because they decide what is kept for backward; compiling is given up afterwards if
+the run is too short to pay for it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from foretune.artifacts import Cluster, Decision, Plan
+from foretune.config import Config
+from foretune.model.shape import ModelShape
+from foretune.planning import mend, search
+from foretune.planning.kernels import (
+    COMPILING_SECONDS,
+    choose_attention,
+    choose_compile,
+    choose_fp8,
+    choose_sum_in_matmul,
+)
+from foretune.planning.mathematics import DataFacts, decide, workload
+from foretune.planning.search import Candidate
+from foretune.planning.strategy import Strategy, Workload
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The outcome of the search: the workload with its kernels, every candidate, the winner."""
+
+    work: Workload
+    candidates: list[Candidate]
+    best: Candidate
+    attention: Decision
+    compiling: Decision
+    eight_bits: Decision
+    summing: Decision
+
+    @property
+    def kernels(self) -> list[Decision]:
+        return [self.attention, self.compiling, self.eight_bits, self.summing]
+
+    def plan_fields(self) -> dict[str, Any]:
+        """Fields of `Plan` that say how; `work_and_strategy` reads them."""
+        chosen = self.best.strategy
+        return {
+            "zero_stage": chosen.zero_stage,
+            "offload_optimizer": chosen.offload_optimizer,
+            "offload_optimizer_step": "device" if chosen.streamed else "host",
+            "offload_param": chosen.offload_param,
+            "optimizer_dtype": "bf16" if chosen.bf16_states else "fp32",
+            "micro_batch_size_per_gpu": chosen.micro_batch_size,
+            "gradient_accumulation_steps": chosen.accumulation_steps,
+            "checkpointed_layers": chosen.checkpointed_layers,
+            "loss_chunk_tokens": chosen.loss_chunk_tokens,
+            "mlp_tile_rows": chosen.mlp_tile_rows,
+            "attention": self.attention.value,
+            "compile_layers": self.compiling.value,
+            "fp8": self.eight_bits.value,
+            "sum_in_matmul": self.summing.value,
+        }
+
+
+def lay_out(config: Config, work: Workload, cluster: Cluster, *, total_steps: int) -> Layout:
+    """Search with the kernels that are best for a step; without compiled layers if so few steps do not pay for them.
+
+    Raises:
+        UserError, NoPlanFits: nothing fits.
+    """
+    attention = choose_attention(config, work, cluster)
+    may_sum = config.plan.sum_in_matmul is not False and work.shape.family != "gpt2"
+    summing = may_sum and cluster.accelerator.kind == "cuda"
+    work = replace(work, attention=attention.value, sums_inside=summing)
+    compiling, work, candidates, best = _compiled_or_not(config, work, cluster, total_steps=total_steps)
+    chosen = best.strategy
+    return Layout(
+        work=work,
+        candidates=candidates,
+        best=best,
+        attention=attention,
+        compiling=compiling,
+        eight_bits=choose_fp8(config, work, cluster, zero_stage=chosen.zero_stage),
+        summing=choose_sum_in_matmul(config, search.work_for(work, chosen), cluster, chosen),
+    )
+
+
+def _compiled_or_not(
+    config: Config, work: Workload, cluster: Cluster, *, total_steps: int
+) -> tuple[Decision, Workload, list[Candidate], Candidate]:
+    """The decision, and the workload, candidates and winner with it."""
+    pinned_stage = config.plan.zero_stage
+    compiling = choose_compile(config, cluster, zero_stage=None if pinned_stage == "auto" else pinned_stage)
+    work = replace(work, compiled=compiling.value)
+    candidates, best = _search(config, work, cluster)
+    if best is None:
+        raise mend.nothing_fits(config, work, cluster, candidates)
+    stage = best.strategy.zero_stage
+    if not compiling.value or compiling.pinned or stage == 3:
+        compiling = choose_compile(config, cluster, zero_stage=stage)  # refuses compiled layers at ZeRO-3
+        return compiling, replace(work, compiled=compiling.value), candidates, best
+    plain = replace(work, compiled=False)
+    plain_candidates, plain_best = _search(config, plain, cluster)
+    if plain_best is None:
+        return compiling, work, candidates, best
+    gain = total_steps * (plain_best.seconds - best.seconds)
+    if gain > COMPILING_SECONDS:
+        return compiling, work, candidates, best
+    reason = f"it takes {COMPILING_SECONDS:.0f} s once and would save {max(gain, 0.0):.1f} s of this run"
+    return decide(compiling.field, False, reason), plain, plain_candidates, plain_best
+
+
+def _search(config: Config, work: Workload, cluster: Cluster) -> tuple[list[Candidate], Candidate | None]:
+    candidates = [search.evaluate(work, strategy, cluster) for strategy in search.search_space(config, work, cluster)]
+    return candidates, search.fastest(candidates)
+
+
+def work_and_strategy(config: Config, plan: Plan, shape: ModelShape) -> tuple[Workload, Strategy]:
+    """What a plan was computed from: for those who compute more of it."""
+    rows = plan.global_batch_size
+    data = DataFacts(plan.max_length, rows, rows, rows * plan.max_length, float(plan.max_length), "", "")
+    work = workload(
+        config, shape, data, precision=plan.precision, accumulation=plan.gradient_accumulation_dtype, packs=rows
+    )
+    zero = plan.deepspeed_config["zero_optimization"]
+    strategy = Strategy(
+        zero_stage=plan.zero_stage,
+        micro_batch_size=plan.micro_batch_size_per_gpu,
+        accumulation_steps=plan.gradient_accumulation_steps,
+        checkpointed_layers=plan.checkpointed_layers,
+        offload_optimizer=plan.offload_optimizer,
+        streamed=plan.streams_optimizer,
+        mlp_tile_rows=plan.mlp_tile_rows,
+        offload_param=plan.offload_param,
+        loss_chunk_tokens=plan.loss_chunk_tokens,
+        reduce_bucket_size=zero.get("reduce_bucket_size", 0),
+        sub_group_size=zero.get("sub_group_size", 1),
+        bf16_states=plan.optimizer_dtype == "bf16",
+        nvme=zero.get("offload_optimizer", {}).get("device") == "nvme",
+    )
+    work = replace(work, attention=plan.attention, compiled=plan.compile_layers, sums_inside=plan.sum_in_matmul)
+    return work, strategy

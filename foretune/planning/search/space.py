@@ -1,0 +1,225 @@
+"""The space that is searched: layouts, and for each the batches, chunks, tiles, layers and shares worth looking at.
+
+For each layout, micro-batch and chunk the fewest checkpointed layers that fit are found by bisection: each costs time
+and frees memory, so nothing between is worth looking at. A streamed optimizer costs time for every byte that leaves the
+device, a kept layer saves time for bytes that stay: both are linear, so one of them goes as far as it can and the other
+follows. Pins narrow the space. Buckets and sub-groups are derived from the model (`buckets_for`) unless they are
+pinned.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from math import ceil, floor
+
+from foretune.artifacts import Cluster
+from foretune.config import Config
+from foretune.errors import UserError
+from foretune.planning.predict import host, memory
+from foretune.planning.search.candidates import work_for
+from foretune.planning.search.pins import pinned_share, streaming_obstacle, tiling_obstacle
+from foretune.planning.strategy import Stage, Strategy, Workload
+
+#: Tokens of one micro-batch on a CPU beyond which nothing gets faster and only memory is spent.
+CPU_MICRO_BATCH_TOKENS = 4096
+#: Shares of the optimizer that may be offloaded at stage 3 by DeepSpeed.
+OFFLOAD_RATIOS = tuple(round(0.1 * tenth, 1) for tenth in range(1, 11))
+#: Steps of the share that is streamed: any will do, a hundredth is close enough to what just fits.
+STREAMED_STEPS = 100
+#: Rows of a tile, where MLPs are computed in tiles: enough work for a device, little to hold.
+TILE_ROWS = 4096
+#: Rows are long from here on: shorter ones have MLPs in one piece, or recompute.
+LONG_ROWS = 32768
+#: Tokens whose logits may exist at the same time: more is faster up to about 4096, less needs less memory.
+LOSS_CHUNKS = (4096, 2048, 1024, 512)
+
+
+def search_space(config: Config, work: Workload, cluster: Cluster) -> Iterator[Strategy]:
+    """Every combination worth looking at, with pins kept."""
+    pinned_layers, pinned_chunk = config.plan.checkpointed_layers, config.plan.loss_chunk_tokens
+    batches = list(_batches(config, work, cluster))
+    pinned_rows = config.plan.mlp_tile_rows
+    tile_rows = 0 if pinned_rows == "auto" else pinned_rows
+    for one in _layouts(config, work, cluster):
+        layout = replace(one, mlp_tile_rows=tile_rows)
+        hopeless = not _may_fit(config, work, replace(layout, micro_batch_size=batches[-1][0]), cluster)
+        for micro_batch, steps in batches[-1:] if hopeless else batches:
+            tokens = micro_batch * work.max_length
+            chunks = sorted({min(chunk, tokens) for chunk in LOSS_CHUNKS}, reverse=True)
+            fewest: int | None = None
+            for chunk in chunks if pinned_chunk == "auto" else (pinned_chunk,):
+                batch = replace(layout, micro_batch_size=micro_batch, accumulation_steps=steps, loss_chunk_tokens=chunk)
+                layers = fewest_layers(work_for(work, batch), batch, cluster, at_most=fewest)
+                layers = layers if pinned_layers == "auto" else pinned_layers
+                if fewest is None or layers < fewest or chunk == chunks[-1]:
+                    yield from _with_shares(config, work, replace(batch, checkpointed_layers=layers), cluster)
+                if fewest is None and layers and _may_tile(config, work, batch):
+                    yield from _with_tiles(config, work, batch, cluster)
+                if layers == 0:
+                    break  # smaller chunks are slower, and nothing is left to be saved
+                fewest = layers
+
+
+def _may_fit(config: Config, work: Workload, strategy: Strategy, cluster: Cluster) -> bool:
+    """Whether a layout with its least micro-batch can fit: if not, one batch of it is enough to say why."""
+    plan, layers = config.plan, work.shape.num_layers
+    chunk = LOSS_CHUNKS[-1] if plan.loss_chunk_tokens == "auto" else plan.loss_chunk_tokens
+    depths = (0, layers) if plan.checkpointed_layers == "auto" else (plan.checkpointed_layers,)
+    tiles = (0, TILE_ROWS) if _may_tile(config, work, strategy) else (strategy.mlp_tile_rows,)
+    small = [
+        replace(strategy, loss_chunk_tokens=chunk, checkpointed_layers=depth, mlp_tile_rows=rows)
+        for depth in depths
+        for rows in tiles
+    ]
+    did = work_for(work, strategy)
+    if all(host.host_memory_per_node(did, one, cluster) > host.host_budget(cluster) for one in small):
+        return False
+    return any(memory.device_memory(did, one, cluster).peak <= memory.budget(cluster) for one in small)
+
+
+def _may_tile(config: Config, work: Workload, strategy: Strategy) -> bool:
+    """Whether MLPs in tiles are worth a look where not all layers can keep what they compute."""
+    free = config.plan.mlp_tile_rows == "auto"
+    return free and work.max_length >= LONG_ROWS and not tiling_obstacle(config, work, strategy.zero_stage)
+
+
+def _with_tiles(config: Config, work: Workload, strategy: Strategy, cluster: Cluster) -> Iterator[Strategy]:
+    """A strategy with MLPs in tiles: inside them nothing is kept, so fewer layers recompute."""
+    tiled = replace(strategy, mlp_tile_rows=TILE_ROWS)
+    layers = config.plan.checkpointed_layers
+    layers = fewest_layers(work_for(work, tiled), tiled, cluster) if layers == "auto" else layers
+    yield from _with_shares(config, work, replace(tiled, checkpointed_layers=layers), cluster)
+
+
+def _with_shares(config: Config, work: Workload, strategy: Strategy, cluster: Cluster) -> Iterator[Strategy]:
+    """A strategy as it is; streamed, with the least share that fits it, and that which fits all layers recomputed."""
+    if not strategy.streamed or pinned_share(config) is not None:
+        yield strategy
+        return
+    depths = {strategy.checkpointed_layers}
+    if config.plan.checkpointed_layers == "auto":
+        depths.add(work.shape.num_layers)
+    for layers in depths:
+        one = replace(strategy, checkpointed_layers=layers)
+        if share := _least_share(work, one, cluster):
+            yield replace(one, offload_optimizer=share)
+
+
+def _least_share(work: Workload, strategy: Strategy, cluster: Cluster) -> float:
+    """The least share of a streamed optimizer with which the device is large enough; 1 if none is, 0 if all stays."""
+    whole = strategy.state_bytes(work) * memory.shard_of(work, strategy, cluster)
+    by_phase = memory.phases(work, strategy, cluster)
+    by_phase.pop(memory.BUILDING)  # no share changes it
+    left = memory.budget(cluster) - max(sum(parts.values()) for parts in by_phase.values())
+    stays = floor(STREAMED_STEPS * max(0, left) / whole) / STREAMED_STEPS
+    return round(1.0 - min(1.0, stays), 2)
+
+
+def _layouts(config: Config, work: Workload, cluster: Cluster) -> Iterator[Strategy]:
+    """Stage, what is offloaded and where to, the format of the optimizer's states; one row a micro-batch."""
+    plan, pinned, base = config.plan, pinned_share(config), Strategy(0, 1, 1).sized_for(work)
+    if plan.reduce_bucket_size != "auto":
+        base = replace(base, reduce_bucket_size=plan.reduce_bucket_size)
+    if plan.sub_group_size != "auto":
+        base = replace(base, sub_group_size=plan.sub_group_size)
+    stages: tuple[Stage, ...] = (0, 1, 2, 3) if plan.zero_stage == "auto" else (plan.zero_stage,)
+    for stage in stages:
+        if stage == 3 and plan.mlp_tile_rows not in ("auto", 0):
+            continue
+        if stage == 0 and work.accumulation_dtype != work.precision:
+            continue  # DeepSpeed has no ZeRO-0 with 16-bit weights and fp32 accumulation
+        if plan.optimizer_dtype != "fp32" and _may_have_bf16_states(config, work, stage):
+            yield replace(base, zero_stage=stage, bf16_states=True)
+        if plan.optimizer_dtype == "bf16":
+            continue
+        for share in _streamed(config, work, cluster, stage):
+            yield replace(base, zero_stage=stage, offload_optimizer=share, streamed=True)
+        for share in _shares(config, cluster, stage, pinned):
+            if (share and stage == 0) or (0 < share < 1 and stage != 3):
+                continue
+            if plan.offload_optimizer_step == "device" and share:
+                continue
+            for offload_param in _param_offloads(config, cluster, stage, share):
+                one = replace(base, zero_stage=stage, offload_optimizer=share, offload_param=offload_param)
+                yield one
+                if plan.nvme_path is not None and stage == 3 and share == 1:
+                    yield replace(one, nvme=True)
+
+
+def _streamed(config: Config, work: Workload, cluster: Cluster, stage: Stage) -> tuple[float, ...]:
+    """Shares of a streamed optimizer to begin with: the pinned one, or all, of which `_with_shares` takes back."""
+    if stage != 1 or streaming_obstacle(config, work, cluster):
+        return ()
+    pinned = pinned_share(config)
+    return (1.0,) if pinned is None else (pinned,)
+
+
+def _may_have_bf16_states(config: Config, work: Workload, stage: Stage) -> bool:
+    plan = config.plan
+    offloads = bool(pinned_share(config)) or plan.offload_param is True
+    sums_may_change = plan.gradient_accumulation_dtype != "fp32"
+    return config.allow_numerics and work.precision == "bf16" and stage > 0 and not offloads and sums_may_change
+
+
+def _shares(config: Config, cluster: Cluster, stage: Stage, pinned: float | None) -> tuple[float, ...]:
+    if pinned is not None:
+        return (pinned,)
+    if cluster.accelerator.kind == "cpu" or stage <= 1:
+        return (0.0,)  # ZeRO-1 keeps whole gradients on the device: ZeRO-2 offloads the same with less
+    if stage == 3 and config.train.optimizer == "adamw":
+        return (0.0, *OFFLOAD_RATIOS)
+    return (0.0, 1.0)
+
+
+def _param_offloads(config: Config, cluster: Cluster, stage: Stage, share: float) -> tuple[bool, ...]:
+    asked = config.plan.offload_param
+    if asked != "auto":
+        return (asked,) if stage == 3 or not asked else ()
+    return (False, True) if stage == 3 and share == 1 and cluster.accelerator.kind == "cuda" else (False,)
+
+
+def _batches(config: Config, work: Workload, cluster: Cluster) -> Iterator[tuple[int, int]]:
+    """(micro-batch, accumulation): rows of a rank's share in equal pieces; empty rows fill up what does not divide."""
+    plan, ranks = config.plan, cluster.world_size
+    share = ceil(work.rows / ranks)
+    most = share
+    if cluster.accelerator.kind == "cpu":
+        most = min(share, max(1, CPU_MICRO_BATCH_TOKENS // work.max_length))
+    if plan.micro_batch_size_per_gpu != "auto":
+        sizes = [plan.micro_batch_size_per_gpu]
+    elif plan.gradient_accumulation_steps != "auto":
+        sizes = [ceil(share / plan.gradient_accumulation_steps)]
+    else:
+        sizes = sorted(
+            {ceil(share / pieces) for pieces in range(1, share + 1) if ceil(share / pieces) <= most}, reverse=True
+        )
+    for size in sizes:
+        needed = ceil(share / size)
+        steps = needed if plan.gradient_accumulation_steps == "auto" else plan.gradient_accumulation_steps
+        if steps < needed:
+            raise UserError(
+                "plan.gradient_accumulation_steps",
+                steps,
+                f"{ranks} ranks × {size} rows × {steps} are fewer than the {work.rows} rows of a batch",
+                f"use {needed}, a larger plan.micro_batch_size_per_gpu or a smaller train.global_batch_size",
+            )
+        yield size, steps
+
+
+def fewest_layers(work: Workload, strategy: Strategy, cluster: Cluster, *, at_most: int | None = None) -> int:
+    """The fewest checkpointed layers that fit the device; all of them if none fit."""
+    limit, low = memory.budget(cluster), 0
+    high = work.shape.num_layers if at_most is None else at_most
+
+    def fits(layers: int) -> bool:
+        return memory.device_memory(work, replace(strategy, checkpointed_layers=layers), cluster).peak <= limit
+
+    if fits(0):
+        return 0
+    if not fits(high):
+        return high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if fits(middle) else (middle, high)
+    return high
