@@ -64,7 +64,7 @@ def run(spec: dict[str, Any]) -> dict[str, Any]:
     engine, facts = build(
         spec["shape"], engine_config(spec["contender"], spec["micro_batch"]), device=device,
         learning_rate=LEARNING_RATE, compiled=ours, checkpointed=spec["checkpointed"], chunk_tokens=spec["chunk"],
-        deepspeed_ratio=0.0 if ours else RATIO, streamed_share=spec["share"] if ours else 0.0,
+        deepspeed_ratio=0.0 if ours else RATIO, streamed_share=spec["share"] if ours else 0.0, summed=ours,
     )  # fmt: skip
     built = time.monotonic() - began
     facts |= _device_peaks(device, "building_")

@@ -296,7 +296,7 @@ def _plan_of(case: Case, cluster: Any, folder: Path) -> tuple[Any, Any]:
         "offload_optimizer_step": ("device" if case.streamed else "host") if case.offload else "auto",
         "offload_param": False,
         "attention": case.attention,
-        "sum_in_matmul": case.sum_in_matmul,
+        "sum_in_matmul": "auto" if case.sum_in_matmul else False,
         "compile": case.compile,
     }
     (folder / "config.json").write_text(json.dumps(known_config(case.model)))

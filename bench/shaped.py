@@ -33,6 +33,7 @@ def build(
     float8: bool = False,
     deepspeed_ratio: float = 0.0,
     streamed_share: float = 0.0,
+    summed: bool = False,
 ) -> tuple[Any, dict[str, Any]]:
     """(engine, what was put in): packed attention and compiled layers where there is a GPU.
 
@@ -42,6 +43,7 @@ def build(
         mlp_rows: rows of a tile of the MLPs; 0 leaves them whole.
         float8: linear maps of the layers in 8 bits.
         deepspeed_ratio: of the optimizer, for DeepSpeed's own offload in `config`.
+        summed: weight gradients are added to their fp32 sums inside the product.
     """
     from transformers import AutoModelForCausalLM, Qwen2Config
 
@@ -49,6 +51,7 @@ def build(
     from foretune.engine import DeepSpeedEngine, build_optimizer
     from foretune.model import attention, compilation, fp8, loading, tiling
     from foretune.model.loss import attach_loss
+    from foretune.model.weight_sums import sum_inside
 
     model_config = Qwen2Config(**shape, max_position_embeddings=length, rope_theta=1e6, use_sliding_window=False)
     torch.manual_seed(0)
@@ -67,8 +70,9 @@ def build(
                                 offload_optimizer=deepspeed_ratio)  # fmt: skip
     parameters = sum(parameter.numel() for parameter in model.parameters())
     engine = DeepSpeedEngine(model, optimizer, config, device=device, streamed_share=streamed_share)
+    summing = sum_inside(model, engine.gradient_sums) if summed else 0
     if compiled:
         compilation.compile_layers(model)
     facts = {"parameters": parameters, "packed_attention": packed, "compiled": compiled, "tiled_mlps": tiles,
-             "float8_linears": linears, "checkpointed_layers": layers}  # fmt: skip
+             "float8_linears": linears, "checkpointed_layers": layers, "summed_linears": summing}  # fmt: skip
     return engine, facts
