@@ -46,13 +46,23 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("method", "stage", "precision"),
-    [("full", 1, "bf16"), ("full", 3, "bf16"), ("lora", 1, "bf16"), ("lora", 3, "bf16"), ("full", 2, "fp16")],
+    ("method", "stage", "precision", "pins"),
+    [
+        ("full", 1, "bf16", []),
+        ("full", 1, "bf16", ["plan.offload_optimizer=0.7", "plan.offload_optimizer_step=device"]),
+        ("full", 3, "bf16", []),
+        ("lora", 1, "bf16", []),
+        ("lora", 3, "bf16", []),
+        ("full", 2, "fp16", []),
+    ],
+    ids=["full-1", "full-1-streamed", "full-3", "lora-1", "lora-3", "full-2-fp16"],
 )
-def test_the_road_holds(method: str, stage: int, precision: str, *, model: Path, data: Path, tmp_path: Path) -> None:
+def test_the_road_holds(
+    method: str, stage: int, precision: str, pins: list[str], *, model: Path, data: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "run"
     sets = [f"plan.zero_stage={stage}", f"method={method}", f"train.max_steps={STEPS}", "train.max_length=1024"]
-    sets += ["train.global_batch_size=16", "evaluate.validation=0.01"]
+    sets += ["train.global_batch_size=16", "evaluate.validation=0.01", *pins]
     if precision != "bf16":  # what a GPU with bf16 gets by itself
         sets.append(f"train.precision={precision}")
     if method == "full":
@@ -71,6 +81,7 @@ def test_the_road_holds(method: str, stage: int, precision: str, *, model: Path,
     run = RunFolder(out)
     plan = Plan.read(run.plan)
     assert (plan.zero_stage, plan.method, plan.precision) == (stage, method, precision)
+    assert plan.streams_optimizer == ("plan.offload_optimizer_step=device" in pins)
     steps = [event for event in read_events(run.events) if event["kind"] == EventKind.STEP]
     assert len(steps) == STEPS
     assert steps[-1]["loss"] < steps[0]["loss"] - 1.0
