@@ -86,6 +86,8 @@ def planned(spec: dict[str, Any]) -> tuple[Any, Any]:
             f"plan.micro_batch_size_per_gpu={spec['micro_batch']}",
             f"plan.checkpointed_layers={layers if spec['checkpointed'] else 0}",
         ]
+    if CUDA and not any(setting.startswith("plan.compile=") for setting in spec["settings"]):
+        settings += ["plan.compile=true"]  # the few steps stand for a run that is long enough for it to pay
     if spec["contender"] == "foretune-bf16":
         settings += ["plan.gradient_accumulation_dtype=bf16"] if CUDA else []
     config = load_config(flags={"model": spec["model"], "data": "rows.jsonl"}, settings=settings)
@@ -147,7 +149,7 @@ def run_foretune(spec: dict[str, Any]) -> dict[str, Any]:
     close_group()
     chosen = (
         "zero_stage", "micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_accumulation_dtype",
-        "checkpointed_layers", "loss_chunk_tokens", "attention", "compile_layers", "offload_optimizer",
+        "checkpointed_layers", "loss_chunk_tokens", "attention", "compile_layers", "sum_in_matmul", "offload_optimizer",
     )  # fmt: skip
     return {
         "step_seconds": times,
@@ -160,15 +162,35 @@ def run_foretune(spec: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def run_torch(spec: dict[str, Any]) -> dict[str, Any]:
-    """foretune's model, compiled layers and loss in a plain torch loop, without DeepSpeed.
+def wide_copy(weights: list[torch.nn.Parameter]) -> tuple[torch.Tensor, dict[Any, Any], torch.Tensor]:
+    """(flat fp32 master weights, whose gradient is the flat sum; each weight's sum; which sums have something)."""
+    from foretune.model.weight_sums import GradientSum, sums_over
 
-    The same numerics: 16-bit weights, fp32 master weights and sums of gradients, the norm clipped, fused AdamW.
+    master = torch.cat([p.detach().reshape(-1) for p in weights]).float()
+    master.grad = torch.zeros_like(master)
+    totals, filled = sums_over(weights, master.grad.split([p.numel() for p in weights]))
+    for weight, into in zip(weights, totals, strict=True):
+
+        def add(parameter: torch.Tensor, into: GradientSum = into) -> None:
+            if parameter.grad is not None:
+                into.add(parameter.grad)
+                parameter.grad = None
+
+        weight.register_post_accumulate_grad_hook(add)
+    return master, dict(zip(weights, totals, strict=True)), filled
+
+
+def run_torch(spec: dict[str, Any]) -> dict[str, Any]:
+    """foretune's model, kernels and loss in a plain torch loop, without DeepSpeed.
+
+    The same numerics: 16-bit weights, fp32 master weights and sums of gradients, the norm clipped, fused AdamW. One
+    flat master, one flat sum.
     """
     from foretune.model import loading
     from foretune.model.attention import use_packed_attention
     from foretune.model.compilation import compile_layers
     from foretune.model.loss import attach_loss
+    from foretune.model.weight_sums import sum_inside
     from foretune.training.objective import to_device
 
     config, plan = planned(spec)
@@ -181,20 +203,12 @@ def run_torch(spec: dict[str, Any]) -> dict[str, Any]:
         use_packed_attention(model)
     attach_loss(model, chunk_tokens=plan.loss_chunk_tokens, fused=plan.compile_layers)
     model.to(device).train()
+    weights = [p for p in model.parameters() if p.requires_grad]
+    master, sums, filled = wide_copy(weights)
+    if plan.sum_in_matmul:
+        sum_inside(model, sums)
     if plan.compile_layers:
         compile_layers(model)
-    weights = [p for p in model.parameters() if p.requires_grad]
-    master = torch.cat([p.detach().reshape(-1) for p in weights]).float()
-    master.grad = torch.zeros_like(master)
-    sums = torch.split(master.grad, [p.numel() for p in weights])
-    for weight, total in zip(weights, sums, strict=True):
-
-        def add(parameter: torch.Tensor, total: torch.Tensor = total) -> None:
-            assert parameter.grad is not None
-            total.add_(parameter.grad.reshape(-1))
-            parameter.grad = None
-
-        weight.register_post_accumulate_grad_hook(add)
     train = config.train
     optimizer = torch.optim.AdamW([master], lr=spec["learning_rate"], betas=(train.adam_beta1, train.adam_beta2),
                                   eps=train.adam_epsilon, weight_decay=train.weight_decay, fused=True)  # fmt: skip
@@ -212,9 +226,9 @@ def run_torch(spec: dict[str, Any]) -> dict[str, Any]:
         torch.nn.utils.clip_grad_norm_([master], train.max_grad_norm)
         optimizer.step()
         with torch.no_grad():
-            pieces = torch.split(master, [p.numel() for p in weights])
-            torch._foreach_copy_(weights, [piece.view_as(p) for piece, p in zip(pieces, weights, strict=True)])
-        master.grad.zero_()
+            pieces = zip(master.split([p.numel() for p in weights]), weights, strict=True)
+            torch._foreach_copy_(weights, [piece.view_as(p) for piece, p in pieces])
+        filled.fill_(False)  # the next gradients overwrite
         losses.append(float(total) / batch.target_tokens)
         synchronise()
         times.append(time.perf_counter() - start)

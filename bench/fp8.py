@@ -36,7 +36,7 @@ def run(spec: dict[str, Any]) -> dict[str, Any]:
     device = open_group(rank_info())
     config = bf16_config(MICRO_BATCH, spec["rows"] // MICRO_BATCH)
     engine, facts = build(spec["shape"], config, device=device, learning_rate=LEARNING_RATE,
-                          float8=spec["variant"] == "fp8")  # fmt: skip
+                          float8=spec["variant"] == "fp8", summed=True)  # fmt: skip
     times: list[float] = []
     losses: list[float] = []
 

@@ -39,7 +39,8 @@ def run(spec: dict[str, Any], answer: Path) -> None:
     device = open_group(rank_info())
     tile = spec["tile"] if spec["variant"] == "tiled" else 0
     engine, facts = build(spec["shape"], bf16_config(1, 1), device=device, learning_rate=LEARNING_RATE,
-                          length=max(spec["lengths"]), compiled=not spec["eager"], mlp_rows=tile)  # fmt: skip
+                          length=max(spec["lengths"]), compiled=not spec["eager"], mlp_rows=tile,
+                          summed=not tile)  # fmt: skip
     lengths: dict[int, dict[str, Any]] = {}
     for length in spec["lengths"]:
         times: list[float] = []

@@ -1,6 +1,7 @@
 """Training throughput: ours and what people would use instead, in one run on one machine.
 
     python bench/throughput.py [--shapes 0.5B,1.5B,3B,7B] [--method full|lora] [--contenders …] [--minutes 25]
+    python bench/throughput.py --shapes 0.5B --accumulation 1 --steps 50    # do the losses agree?
 
 Every contender runs in a fresh process, on the same random weights, rows of tokens, global batch, sequence length and
 learning rate. Steps are timed between device synchronisations; the median counts, after a warm-up. A contender that
@@ -155,7 +156,8 @@ def main() -> None:
     parser.add_argument("--shapes", default="0.5B,1.5B,3B")
     parser.add_argument("--method", choices=("full", "lora"), default="full")
     parser.add_argument("--contenders", default=",".join(CONTENDERS))
-    parser.add_argument("--minutes", type=float, default=25.0, help="start nothing after this")
+    parser.add_argument("--minutes", type=float, default=25.0, help="all of it is cut off after this")
+    parser.add_argument("--minutes-each", type=float, default=5.0, help="a contender is cut off after this")
     parser.add_argument("--length", type=int, default=4096)
     parser.add_argument("--micro-batch", type=int, default=4, help="rows of the peers' forward pass")
     parser.add_argument("--accumulation", type=int, default=8)
@@ -187,7 +189,8 @@ def main() -> None:
                 if left < 30:
                     results.append({"spec": asdict(spec), "error": "no time was left"})
                     continue
-                result = summarise(spec, measure(spec, folder, left), asked.peak_tflops * 1e12)
+                limit = min(left, asked.minutes_each * 60)
+                result = summarise(spec, measure(spec, folder, limit), asked.peak_tflops * 1e12)
                 results.append({"spec": asdict(spec), **result})
                 print(row_of(spec, result), flush=True)
                 for kind, seconds in result.get("kernels", {}).get("by_kind", {}).items():
@@ -195,15 +198,18 @@ def main() -> None:
                 if asked.loss_steps and number == 0 and "error" not in result:
                     long = replace(spec, rows=asked.micro_batch, steps=asked.loss_steps, warm_up=1)
                     left = asked.minutes * 60 - (time.monotonic() - started)
-                    losses = measure(long, folder, max(30.0, left))
+                    losses = measure(long, folder, min(max(30.0, left), asked.minutes_each * 60))
                     results.append({"spec": asdict(long), "comparison": "losses", **losses})
                 save(asked, results)
     save(asked, results)
+    for step, differences in loss_differences(results).items():
+        print(f"losses from the median of all, {step}: {differences}")
 
 
 def save(asked: argparse.Namespace, results: list[dict[str, Any]]) -> None:
     """Write what is known so far: a run that is cut short leaves its figures."""
-    name = f"throughput-{asked.method}" + ("-checkpointed" if asked.checkpointed else "")
+    name = f"throughput-{asked.method}-{asked.shapes.replace(',', '-')}-accumulation-{asked.accumulation}"
+    name += "-checkpointed" * asked.checkpointed + "-profile" * asked.profile
     values = {
         "machine": machine(),
         "peak_tflops": asked.peak_tflops,
@@ -214,14 +220,23 @@ def save(asked: argparse.Namespace, results: list[dict[str, Any]]) -> None:
     save_result(name, values, folder=asked.out)
 
 
-def loss_differences(results: list[dict[str, Any]]) -> dict[str, float]:
-    """Largest difference of each contender's losses from the median of all, over the compared steps."""
-    curves = {one["spec"]["contender"]: one["losses"] for one in results if one.get("comparison") and one.get("losses")}
-    if len(curves) < 2:
-        return {}
-    length = min(len(curve) for curve in curves.values())
-    middle = [statistics.median(curve[i] for curve in curves.values()) for i in range(length)]
-    return {name: max(abs(curve[i] - middle[i]) for i in range(length)) for name, curve in curves.items()}
+def loss_differences(results: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """Largest difference of each contender's losses from the median of all, where they trained on the same rows."""
+    curves: dict[str, dict[str, list[float]]] = {}
+    for one in results:
+        if one.get("losses"):
+            spec = one["spec"]
+            rows = f"{spec['shape']}, {spec['steps']} steps of {spec['rows']} rows"
+            curves.setdefault(rows, {})[spec["contender"]] = one["losses"]
+    differences = {}
+    for rows, group in curves.items():
+        middle = [statistics.median(losses) for losses in zip(*group.values(), strict=False)]
+        if len(group) > 1:
+            differences[rows] = {
+                name: max(abs(loss - usual) for loss, usual in zip(curve, middle, strict=False))
+                for name, curve in group.items()
+            }
+    return differences
 
 
 if __name__ == "__main__":
