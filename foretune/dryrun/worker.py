@@ -32,7 +32,7 @@ def main(folder: Path) -> None:
     run = RunFolder(folder)
     plan = Plan.read(run.plan)
     device = _open_fake_group(plan.world_size)
-    _patch()
+    _patch(plan)
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     from foretune.training.build import build_engine
@@ -86,7 +86,7 @@ def _open_fake_group(world_size: int) -> Any:
     return torch.device("cpu")
 
 
-def _patch() -> None:
+def _patch(plan: Plan) -> None:
     import deepspeed.runtime.zero.stage3  # noqa: F401  (loads every module that holds the function patched below)
     import torch
 
@@ -96,6 +96,10 @@ def _patch() -> None:
             parameter.data = parameter.data.to(dtype)
         return self
 
+    if plan.cluster.accelerator.kind != "cpu":  # what the engine does on a CPU only would be done here too
+        from foretune.engine.reduction import ReductionAtStep
+
+        ReductionAtStep.applies = staticmethod(lambda engine: False)  # type: ignore[method-assign]
     torch.nn.Module.to = cast_only  # type: ignore[method-assign, assignment]
     for name, module in list(sys.modules.items()):
         if name.startswith("deepspeed") and hasattr(module, "assert_ints_same_as_other_ranks"):

@@ -80,8 +80,9 @@ def phases(work: Workload, strategy: Strategy, cluster: Cluster) -> dict[str, di
     # The layer whose backward runs: recomputed anew, or what it had saved is counted already.
     running = layer if strategy.checkpointed_layers else inside
     shard = shard_of(work, strategy, cluster)
-    gradients, transient = _gradient_bytes(work, strategy, shard, stays, whole=reduced_at_step(work, strategy, cluster))
-    earlier = _gradients_in_forward(work, strategy, gradients)
+    whole = reduced_at_step(work, strategy, cluster)
+    gradients, transient = _gradient_bytes(work, strategy, shard, stays, whole=whole)
+    earlier = _gradients_in_forward(work, strategy, gradients, whole=whole)
     head = activations.head_gradient_bytes(work, strategy)
     persistent, passing = buffer_bytes(work, strategy, cluster.world_size)
     gathered = gathered_bytes(work, strategy, cluster.world_size)
@@ -140,8 +141,9 @@ def standing_bytes(work: Workload, strategy: Strategy, cluster: Cluster) -> int:
     shard = shard_of(work, strategy, cluster)
     here = replace(strategy, offload_param=False)
     held = work.parameter_bytes * held_parameters(work, here, cluster) + _state_bytes(work, strategy) * shard
-    gradients, _ = _gradient_bytes(work, strategy, shard, 1.0, whole=reduced_at_step(work, strategy, cluster))
-    standing = _gradients_in_forward(work, replace(strategy, accumulation_steps=1), gradients)
+    whole = reduced_at_step(work, strategy, cluster)
+    gradients, _ = _gradient_bytes(work, strategy, shard, 1.0, whole=whole)
+    standing = _gradients_in_forward(work, replace(strategy, accumulation_steps=1), gradients, whole=whole)
     if strategy.offload_optimizer:
         standing = offloading_bytes(work, strategy, shard) - strategy.state_bytes(work) * shard
     return held + standing + buffer_bytes(work, here, cluster.world_size)[0]
@@ -291,13 +293,15 @@ def _gradient_bytes(work: Workload, strategy: Strategy, shard: int, stays: float
     return kept, 2 * b * widest  # a tied or large embedding's gradient before it leaves for its owner
 
 
-def _gradients_in_forward(work: Workload, strategy: Strategy, gradients: int) -> int:
+def _gradients_in_forward(work: Workload, strategy: Strategy, gradients: int, *, whole: bool) -> int:
     """Gradients that are there before the last backward begins: those of earlier micro-batches, or a standing buffer.
 
     With one micro-batch a step and no standing buffer, gradients grow while activations are freed: only the larger of
-    both counts. ZeRO-0 writes zeros into its gradients, ZeRO-3 and ZeRO-1 with fp32 sums keep a flat buffer for them.
+    both counts. ZeRO-0 writes zeros into its gradients; ZeRO-3, ZeRO-1 with fp32 sums, and ZeRO-2 where it sums `whole`
+    gradients keep a flat buffer for them.
     """
-    if strategy.accumulation_steps > 1 or strategy.zero_stage == 3 or sums_apart(work, strategy):
+    standing = whole or strategy.zero_stage == 3 or sums_apart(work, strategy)
+    if strategy.accumulation_steps > 1 or standing:
         return gradients
     return 0
 
