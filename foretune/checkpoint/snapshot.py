@@ -66,8 +66,7 @@ class MemoryWriter:
 
     def open_window(self, device: torch.device) -> None:
         """Let tensors on `device` come by the fastest way; made in the background."""
-        self._background.join()
-        self._background = threading.Thread(target=self._make_window, args=(device,), daemon=True)
+        self._background = threading.Thread(target=self._make_window, args=(device, self._background), daemon=True)
         self._background.start()
 
     def begin(self) -> None:
@@ -103,7 +102,8 @@ class MemoryWriter:
         with suppress(OSError):  # no room to reserve: pages are then made as they are written
             os.posix_fallocate(self._file.fileno(), 0, self._expected_bytes)
 
-    def _make_window(self, device: torch.device) -> None:
+    def _make_window(self, device: torch.device, pages: threading.Thread) -> None:
+        pages.join()
         with suppress(OSError):
             # A little more than expected: archives have heads, and what is beyond the window goes the slow way.
             self._window = HostWindow(self._file.fileno(), self._expected_bytes * 51 // 50, device)

@@ -23,10 +23,15 @@ _SMALLEST = 1e-12
 
 
 class Float8Linear(torch.nn.Linear):
-    """A linear map whose three matmuls are in 8 bits."""
+    """A linear map whose three matmuls are in 8 bits while it is trained.
+
+    Without gradients (held-out losses, probes, the logits that an export must reproduce) it is what will be exported.
+    """
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """hidden [..., inputs] in 16 bits → [..., outputs] in the same dtype."""
+        if not torch.is_grad_enabled():
+            return super().forward(hidden)
         flat = hidden.reshape(-1, hidden.shape[-1])
         output: torch.Tensor = _Matmul.apply(flat, self.weight)  # type: ignore[no-untyped-call]
         if self.bias is not None:

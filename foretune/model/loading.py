@@ -61,7 +61,8 @@ def load_model(
         config: its configuration if it was changed after reading.
         precision: one of `DTYPES`.
         from_scratch: random weights in the model's shape, the same on every rank for the same seed.
-        draw_on: where random weights are drawn and stay; a CPU takes 43 s for half a billion in bf16, a GPU one.
+        draw_on: where random weights are drawn and stay; None: the CPU, which takes 43 s for half a billion in bf16.
+            Each kind of device draws other numbers.
         attention: transformers' name of the attention implementation; None takes SDPA where the model has it.
 
     Raises:

@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import re
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -191,7 +192,7 @@ def _locked(out: Path) -> Iterator[None]:
     """Keep a second process out. The kernel lets go of the lock when this process ends, however it ends."""
     descriptor = os.open(out / ".lock", os.O_RDWR | os.O_CREAT, 0o600)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _try_twice_to_lock(descriptor)
     except BlockingIOError:
         owner = os.read(descriptor, 32).decode(errors="replace").strip() or "unknown"
         os.close(descriptor)
@@ -206,6 +207,15 @@ def _locked(out: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
+def _try_twice_to_lock(descriptor: int) -> None:
+    """A report that asks whether the folder is in use holds its lock for an instant."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        time.sleep(0.05)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
 def in_use(out: Path) -> bool:
     """Whether a process holds this run folder now. It is asked by a lock that many may hold, and let go at once."""
     try:
@@ -216,6 +226,8 @@ def in_use(out: Path) -> bool:
         fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
+    except OSError:  # a file system without locks
+        return False
     finally:
         os.close(descriptor)
     return False

@@ -54,7 +54,8 @@ def build_engine(assignment: Assignment, device: torch.device) -> tuple[DeepSpee
             config=model_config,
             precision=plan.precision,
             from_scratch=config.from_scratch,
-            draw_on=device if plan.zero_stage < 3 else None,
+            # Evaluation and export draw the base of adapters again, on a CPU: other numbers would be another base.
+            draw_on=device if plan.zero_stage < 3 and plan.method == "full" else None,
             trust_remote_code=config.trust_remote_code,
             seed=config.train.seed,
         )

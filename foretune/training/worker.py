@@ -69,6 +69,14 @@ def _start_heart(run: RunFolder, rank: RankInfo) -> Heartbeat:
     return heartbeat
 
 
+def _snapshot_bytes(plan: Plan, rank: RankInfo) -> int:
+    """Of this rank: an equal part of the states; below ZeRO-3 the weights besides, which rank 0 writes alone."""
+    trained = plan.trainable_parameters if plan.method == "lora" else plan.parameters
+    weights = trained * (4 if plan.precision == "fp32" else 2) if plan.zero_stage < 3 else 0
+    states = max(0, plan.predicted.checkpoint_bytes - weights) // plan.world_size
+    return states + (weights if rank.is_main else 0)
+
+
 def _train(run: RunFolder, rank: RankInfo, heartbeat: Heartbeat, options: argparse.Namespace) -> Outcome:
     # Imported here: what is wrong with the arguments or the artifacts is said without waiting for torch.
     from foretune.checkpoint.snapshot import MemoryWriter
@@ -85,7 +93,7 @@ def _train(run: RunFolder, rank: RankInfo, heartbeat: Heartbeat, options: argpar
     memory = None
     if options.snapshots is not None:
         folder, *numbers = options.snapshots
-        size = plan.predicted.checkpoint_bytes // rank.local_world_size
+        size = _snapshot_bytes(plan, rank)
         memory = MemoryWriter(Path(folder) / numbers[rank.local_rank], expected_bytes=size)
     assignment = Assignment(
         run=run,

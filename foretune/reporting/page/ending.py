@@ -47,7 +47,7 @@ def ending_of(material: Material) -> Ending:
         left = history.seconds_left
         eta = f", about {duration_text(left)} to go" if left is not None and history.unfinished_stage == "train" else ""
         return Ending("going", "running", f"It is at work: {history.unfinished_stage or 'starting'}, {at}{eta}.")
-    if history.gave_up and not material.trained:
+    if history.gave_up and history.faults and not material.trained:
         fault = history.faults[-1]
         where = "".join(
             f", {name} {value}" for name, value in (("rank", fault.rank), ("step", fault.step)) if value is not None

@@ -85,7 +85,6 @@ class History:
     saves: list[Save] = field(default_factory=list)
     evaluated: list[tuple[int, float]] = field(default_factory=list)  # step, held-out loss
     notes: list[str] = field(default_factory=list)
-    stage_seconds: dict[str, float] = field(default_factory=dict)
     unfinished_stage: str | None = None  # the newest command's, if it began one and told no end
     total_steps: int = 0
     world_size: int = 0
@@ -122,12 +121,6 @@ class History:
         return median(rates[1:] or rates) if rates else None
 
     @property
-    def peak_memory_bytes(self) -> float | None:
-        """Of rank 0, over all steps."""
-        peaks = [step.memory_bytes for step in self.steps.values() if math.isfinite(step.memory_bytes)]
-        return max(peaks) if peaks else None
-
-    @property
     def seconds_left(self) -> float | None:
         """To the last step, at the pace of the last twenty."""
         recent = [step.seconds for step in self.counted[-20:] if math.isfinite(step.seconds)]
@@ -153,11 +146,8 @@ def _fold(history: History, event: Mapping[str, Any]) -> None:
             history._recovering, history.unfinished_stage = False, None
         case EventKind.STAGE_STARTED:
             history.unfinished_stage = str(event.get("stage"))
-        case EventKind.STAGE_SKIPPED:
+        case EventKind.STAGE_SKIPPED | EventKind.STAGE_FINISHED:
             history.unfinished_stage = None
-        case EventKind.STAGE_FINISHED:
-            history.unfinished_stage = None
-            history.stage_seconds[str(event.get("stage"))] = _number(event, "seconds")
         case EventKind.NOTE:
             if (message := str(event.get("message", ""))) not in history.notes:
                 history.notes.append(message)

@@ -33,6 +33,8 @@ T = TypeVar("T")
 
 #: What `foretune prove` leaves in its folder: the matrix, and the random kills.
 PROOF, SOAK = "prove.json", "soak.json"
+_PROOF_KEYS = ("cells", "seconds", "passed")
+_SOAK_KEYS = ("kills", "runs", "wrong", "seconds_lost", "passed", "seconds", "goodput")
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,9 @@ def read_material(run: RunFolder, *, in_use: bool = False) -> Material:
             return read()
         except UserError as error:
             damaged.append(f"{error.field}: {error.problem}")
-            return None
+        except (KeyError, TypeError, ValueError) as error:
+            damaged.append(f"{run.events.name}: a line lacks something ({error!r})")
+        return None
 
     def artifact(kind: type[A], path: Path) -> A | None:
         return try_to(lambda: kind.read(path)) if path.is_file() else None
@@ -98,8 +102,8 @@ def read_material(run: RunFolder, *, in_use: bool = False) -> Material:
         config=try_to(lambda: load_config(run.config)),
         prepared=artifact(PreparedDataset, run.data / PreparedDataset.file_name),
         plan=artifact(Plan, run.plan),
-        history=history_of(events),
-        account=goodput(events),
+        history=try_to(lambda: history_of(events)) or History(),
+        account=try_to(lambda: goodput(events)) or Goodput(),
         checkpoints=[manifest for manifest in manifests if manifest is not None],
         evaluation=artifact(EvaluationReport, run.evaluation),
         exported=[model for model in exported if model is not None],
@@ -116,7 +120,7 @@ def read_proof(folder: Path) -> dict[str, Mapping[str, Any]]:
         UserError: one of them is damaged.
     """
     found: dict[str, Mapping[str, Any]] = {}
-    for name, needed in ((PROOF, ("cells", "seconds", "passed")), (SOAK, ("kills", "runs", "wrong", "seconds_lost"))):
+    for name, needed in ((PROOF, _PROOF_KEYS), (SOAK, _SOAK_KEYS)):
         path = folder / name
         if not path.is_file():
             continue

@@ -1,12 +1,13 @@
 """Material → one HTML file: charts and figures are put into a Jinja template whose every value is escaped.
 
 Every value, wherever it stands in a template, passes `_Shown` before it is escaped: control characters that could steer
-a terminal become text, and paths of this machine are cut to what the reader needs.
+a terminal become text, and the run folder and the home folder are cut to their names.
 """
 
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
@@ -104,7 +105,7 @@ class _Shown:
         whole, home = folder.resolve(), Path.home()
         self._replaced = [(str(whole), whole.name)]
         if home != Path(home.anchor):
-            self._replaced.append((f"{home}/", "~/"))
+            self._replaced.append((str(home), "~"))
 
     def __call__(self, value: object) -> object:
         if value is None:
@@ -112,9 +113,9 @@ class _Shown:
         return value if isinstance(value, Markup) else self.text(str(value))
 
     def text(self, text: str) -> str:
-        """Text without paths of this machine and without control characters; not escaped yet."""
+        """Text without run folder, home folder and control characters; not escaped yet."""
         for path, name in self._replaced:
-            text = text.replace(path, name)
+            text = name.join(re.split(re.escape(path) + r"(?![\w.-])", text))
         return units.printable(text)
 
 

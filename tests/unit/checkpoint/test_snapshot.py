@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -58,6 +59,20 @@ def test_memory_and_folder_hold_the_same(memory: int, tmp_path: Path) -> None:
     first, second = (torch.load(tmp_path / name, weights_only=False) for name in ("engine/a.pt", "from-memory.pt"))
     assert torch.equal(first["weights"], second["weights"])
     assert first["name"] == second["name"]
+
+
+def test_a_window_is_made_beside_training(memory: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its pages take seconds: only a save waits for them."""
+    ready = threading.Event()
+    make = MemoryWriter._make_pages
+    monkeypatch.setattr(MemoryWriter, "_make_pages", lambda self: (ready.wait(30), make(self)))
+    writer = MemoryWriter(Path(f"/proc/{os.getpid()}/fd/{memory}"), expected_bytes=1 << 16)
+    writer.open_window(torch.device("cpu"))  # comes back at once
+    assert writer._window is None
+    ready.set()
+    writer.begin()
+    assert writer._window is not None
+    writer.close()
 
 
 class _Holder:

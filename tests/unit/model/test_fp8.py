@@ -39,6 +39,17 @@ def test_output_and_gradients_are_close(rows: int, size: float) -> None:
         assert 0 < relative(a, b) < bound
 
 
+def test_without_gradients_it_is_what_will_be_exported() -> None:
+    torch.manual_seed(0)
+    plain = torch.nn.Linear(48, 80).to(torch.bfloat16)
+    narrow = copy.deepcopy(plain)
+    narrow.__class__ = Float8Linear
+    x = torch.randn(5, 48).to(torch.bfloat16)
+    with torch.no_grad():
+        assert torch.equal(narrow(x), plain(x))
+    assert not torch.equal(narrow(x), plain(x))
+
+
 def test_only_the_layers_linears() -> None:
     model = AutoModelForCausalLM.from_config(CONFIG, dtype=torch.bfloat16)
     assert float8_linears(model) == 2 * 7

@@ -33,6 +33,7 @@ from foretune.events import EventKind
 from foretune.planning import make_plan, parse_hardware
 from foretune.reporting.page import write_report
 from foretune.reporting.page.material import read_material
+from foretune.reporting.page.render import _Shown
 
 #: What data, models and notes may hold.
 EVIL = "<script>alert(1)</script>\x1b[31m\u202e&\"'"
@@ -412,6 +413,25 @@ def test_a_damaged_artifact_is_named_and_the_rest_is_shown(whole: Run) -> None:
     assert "An artifact could not be read. Plan: is damaged" in page.text
 
 
+def test_a_damaged_journal_is_named_and_the_rest_is_shown(whole: Run) -> None:
+    with whole.folder.events.open("a") as file:
+        file.write(json.dumps({"time": 1.0, "kind": "step"}) + "\n")  # without its number
+    page = page_of(whole.folder.path)
+    assert "An artifact could not be read. events.jsonl: a line lacks something" in page.text
+    assert "plan" in page.sections
+
+
+def test_a_stop_without_its_fault_is_a_page_too(run: Run) -> None:
+    with run.folder.events.open("a") as file:
+        file.write(json.dumps({"time": 1.0, "kind": "recovery", "action": "stop", "why": "w"}) + "\n")
+    assert page_of(run.folder.path).html
+
+
+def test_a_neighbour_of_the_run_folder_keeps_its_name() -> None:
+    shown = _Shown(Path("/x/run1"))
+    assert shown.text("/x/run1/plan.json and /x/run10/plan.json") == "run1/plan.json and /x/run10/plan.json"
+
+
 def test_long_runs_make_light_pages(run: Run) -> None:
     planned(run)
     run.launch()
@@ -481,8 +501,11 @@ def test_random_kills_alone_are_a_page_too(tmp_path: Path) -> None:
     assert "starting 6 s 100.0 %" in page.text
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"cells": []}'])
-def test_a_damaged_proof_is_refused(tmp_path: Path, text: str) -> None:
-    (tmp_path / "prove.json").write_text(text)
+@pytest.mark.parametrize("name", ["prove.json", "soak.json"])
+@pytest.mark.parametrize(
+    "text", ["{", "[]", '{"cells": []}', '{"kills": 1, "runs": 1, "wrong": 0, "seconds_lost": {}}']
+)
+def test_a_damaged_proof_is_refused(tmp_path: Path, name: str, text: str) -> None:
+    (tmp_path / name).write_text(text)
     with pytest.raises(UserError, match=r"is damaged|has no"):
         write_report(tmp_path)
