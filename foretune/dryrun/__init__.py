@@ -93,6 +93,7 @@ def _write(run: RunFolder, plan: Plan, config: Config) -> None:
             zero[section] = {"device": "cpu", "pin_memory": False}
     # A part would need a kernel that can't run on fake tensors; what is streamed is the same states, on the device.
     whole = float(plan.offload_optimizer > 0 and not plan.streams_optimizer)
-    changes = {"model": str(folder), "deepspeed_config": values, "offload_optimizer": whole}
+    # Nor can 8-bit maps: the states are those of bf16.
+    changes = {"model": str(folder), "deepspeed_config": values, "offload_optimizer": whole, "fp8": False}
     plan.model_copy(update=changes).write(run.plan)
     write_atomically(run.config, to_yaml(config.model_copy(update={"from_scratch": True})))

@@ -23,8 +23,9 @@ def confirmed(hardware: str, **values: Any) -> DryRun:
         ("8xH100", {"plan": {"zero_stage": 1}}),
         ("8x8xA100-80GB", {"plan": {"zero_stage": 3}}),
         ("1xH100", {"plan": {"offload_optimizer": 0.5, "offload_optimizer_step": "device"}}),
+        ("1xH100", {"allow_numerics": True, "plan": {"fp8": True}}),
     ],
-    ids=["zero1-8", "zero3-64", "streamed"],
+    ids=["zero1-8", "zero3-64", "streamed", "fp8"],
 )
 def test_states_agree(hardware: str, values: dict[str, Any]) -> None:
     found = confirmed(hardware, **values)
