@@ -215,6 +215,21 @@ class Alternative(Artifact):
     prediction: Prediction | None = None
 
 
+def strategy_name(
+    zero_stage: int, *, offload_optimizer: float, streamed: bool, offload_param: bool, nvme: bool, bf16_states: bool
+) -> str:
+    """A strategy as people say it, without the batch: ``ZeRO-1 + 85% of the optimizer streamed from host memory``."""
+    parts, place = [f"ZeRO-{zero_stage}"], "NVMe" if nvme else "host memory"
+    if offload_optimizer:
+        share = "" if offload_optimizer == 1 else f"{offload_optimizer:.0%} of the "
+        parts.append(f"{share}optimizer {'streamed from' if streamed else 'in'} {place}")
+    if offload_param:
+        parts.append(f"parameters in {place}")
+    if bf16_states:
+        parts.append("bf16 optimizer")
+    return " + ".join(parts)
+
+
 class Plan(Artifact):
     """Everything decided before anything runs. The worker reads this and decides nothing."""
 
@@ -256,6 +271,7 @@ class Plan(Artifact):
     rejected: list[Alternative]
     optimizer_dtype: Literal["fp32", "bf16"] = "fp32"  # of master weights and optimizer states
     arithmetic: list[Derivation] = []  # how the predicted memory comes about, symbol by symbol
+    replanned: bool = False  # changed after the device ran out of memory: what is predicted is of the plan before
 
     @property
     def streams_optimizer(self) -> bool:
@@ -264,12 +280,21 @@ class Plan(Artifact):
 
     @property
     def strategy_name(self) -> str:
-        """As people say it: ``ZeRO-1 + 85% of the optimizer streamed from host memory``."""
-        name = f"ZeRO-{self.zero_stage}"
-        if self.offload_optimizer:
-            place = "streamed from" if self.streams_optimizer else "in"
-            name += f" + {self.offload_optimizer:.0%} of the optimizer {place} host memory"
-        return name + (" + parameters in host memory" if self.offload_param else "")
+        """As people say it: `strategy_name`."""
+        return strategy_name(
+            self.zero_stage,
+            offload_optimizer=self.offload_optimizer,
+            streamed=self.streams_optimizer,
+            offload_param=self.offload_param,
+            nvme=self.swaps_to_nvme,
+            bf16_states=self.optimizer_dtype == "bf16",
+        )
+
+    @property
+    def swaps_to_nvme(self) -> bool:
+        """Whether what is offloaded lies on NVMe, not in host memory."""
+        zero = self.deepspeed_config.get("zero_optimization", {})
+        return bool(zero.get("offload_optimizer", {}).get("device") == "nvme")
 
 
 class RankFile(Artifact):

@@ -367,7 +367,12 @@ class _Road:
             )
 
     def _compare_with(self, plan: Plan, began: int) -> None:
-        """Tell what the plan predicted against what this launch measured (journal from byte `began` on)."""
+        """Tell what the plan predicted against what this launch measured (journal from byte `began` on).
+
+        Nothing if it was changed on the way: what then ran was not predicted.
+        """
+        if Plan.read(self.run.plan).replanned:
+            return
         events = list(read_events(self.run.events, offset=began))
         steps = [event for event in events if event["kind"] == EventKind.STEP]
         saved = [event for event in events if event["kind"] == EventKind.CHECKPOINT_SAVED]

@@ -17,7 +17,7 @@ from foretune.planning.shapes import known_shape
 def after_out_of_memory(plan: Plan) -> Plan | None:
     """Half the micro-batch at the same global batch; at one row, every layer recomputed; all streamed; then None.
 
-    The update stays the same up to floating-point order. Predictions stay those of the first plan.
+    The update stays the same up to floating-point order. Predictions stay those of the first plan: `Plan.replanned`.
     """
     if plan.micro_batch_size_per_gpu > 1:
         micro = plan.micro_batch_size_per_gpu // 2
@@ -54,4 +54,5 @@ def _layers(model: str) -> int:
 
 def _changed(plan: Plan, decision: Decision, **changes: Any) -> Plan:
     kept = [one for one in plan.decisions if one.field != decision.field]
-    return plan.model_copy(update={**changes, "decisions": [*kept, decision]})
+    said = decision.model_copy(update={"reason": f"{decision.reason}; what this takes was not predicted"})
+    return plan.model_copy(update={**changes, "replanned": True, "decisions": [*kept, said]})

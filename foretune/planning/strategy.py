@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from math import ceil
 from typing import Literal
 
+from foretune.artifacts import strategy_name
 from foretune.model.shape import ModelShape
 
 Stage = Literal[0, 1, 2, 3]
@@ -86,16 +87,15 @@ class Strategy:
 
     @property
     def name(self) -> str:
-        """As people say it, without the batch."""
-        parts, place = [f"ZeRO-{self.zero_stage}"], "NVMe" if self.nvme else "host memory"
-        if self.offload_optimizer:
-            share = "" if self.offload_optimizer == 1 else f"{self.offload_optimizer:.0%} of the "
-            parts.append(f"{share}optimizer {'streamed from' if self.streamed else 'in'} {place}")
-        if self.offload_param:
-            parts.append(f"parameters in {place}")
-        if self.bf16_states:
-            parts.append("bf16 optimizer")
-        return " + ".join(parts)
+        """As people say it: `foretune.artifacts.strategy_name`."""
+        return strategy_name(
+            self.zero_stage,
+            offload_optimizer=self.offload_optimizer,
+            streamed=self.streamed,
+            offload_param=self.offload_param,
+            nvme=self.nvme,
+            bf16_states=self.bf16_states,
+        )
 
 
 @dataclass(frozen=True)

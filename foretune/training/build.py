@@ -178,8 +178,9 @@ def build_hooks(
     hooks: list[Hook] = [AccountingHook(), checkpoint]
     if assignment.journal is not None:
         hooks.insert(0, JournalHook(assignment.journal, device=engine.device, tensorboard=run.tensorboard))
-        predicted = plan.predicted.gpu_memory_bytes - plan.predicted.gpu_memory_parts.get("context", 0)
-        hooks.append(PeakCheckHook(assignment.journal, device=engine.device, predicted_bytes=predicted))
+        if not plan.replanned:
+            predicted = plan.predicted.gpu_memory_bytes - plan.predicted.gpu_memory_parts.get("context", 0)
+            hooks.append(PeakCheckHook(assignment.journal, device=engine.device, predicted_bytes=predicted))
         if plan.compile_layers:
             hooks.append(CompileHook(assignment.journal))
     return hooks

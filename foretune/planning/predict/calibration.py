@@ -56,6 +56,8 @@ class Calibration:
     def learn(self, plan: Plan, *, step_seconds: float, steps: int) -> bool:
         """Add a run's measurement to the file. False if the run says too little."""
         cluster = plan.cluster
+        if plan.replanned:
+            return False
         used = next((float(one.value) for one in plan.decisions if one.field == "calibration"), 1.0)
         ratio = step_seconds * used / plan.predicted.step_seconds
         if not _is_here(cluster) or steps < FEWEST_STEPS or not 1 / MOST <= ratio <= MOST:

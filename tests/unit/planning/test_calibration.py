@@ -9,7 +9,7 @@ import pytest
 
 from foretune.artifacts import Cluster, Plan
 from foretune.config import Config
-from foretune.planning import Calibration, make_plan, parse_hardware
+from foretune.planning import Calibration, after_out_of_memory, make_plan, parse_hardware
 
 
 def here(spec: str = "1xH100-80GB,ram=512GB") -> Cluster:
@@ -68,3 +68,10 @@ def test_a_cpu_is_not_calibrated(config_of: Callable[..., Config], tmp_path: Pat
     plan = plan_with(config_of(), None, here("2xcpu,ram=64GB"))
     learned = Calibration(tmp_path / "c.json").learn(plan, step_seconds=plan.predicted.step_seconds, steps=99)
     assert not learned
+
+
+def test_nothing_is_learnt_from_a_plan_that_was_changed(config_of: Callable[..., Config], tmp_path: Path) -> None:
+    calibration = Calibration(tmp_path / "calibration.json")
+    plan = after_out_of_memory(plan_with(config_of(plan={"micro_batch_size_per_gpu": 4}), None, here()))
+    assert plan is not None
+    assert not calibration.learn(plan, step_seconds=2 * plan.predicted.step_seconds, steps=50)

@@ -35,3 +35,5 @@ def test_micro_batches_shrink_then_layers_recompute_then_it_ends() -> None:
         assert config["train_micro_batch_size_per_gpu"] == plan.micro_batch_size_per_gpu
         assert config["train_batch_size"] == config["gradient_accumulation_steps"] * plan.micro_batch_size_per_gpu * 2
     assert "ran out of memory" in plans[-1].decisions[-1].reason
+    assert [plan.replanned for plan in plans] == [False, True, True, True]
+    assert "not predicted" in plans[-1].decisions[-1].reason
