@@ -265,9 +265,13 @@ def persistence_threshold(work: Workload) -> int:
 
 
 def reduced_at_once(work: Workload, strategy: Strategy, cluster: Cluster) -> int:
-    """The flat copy that DeepSpeed reduces outside of ZeRO's buckets: up to 5e8 gradients, in their format."""
+    """The flat copy that DeepSpeed reduces outside of ZeRO's buckets: up to 5e8 gradients, in their format.
+
+    Not where fp32 sums lie apart on a GPU: they are flat, and are reduced where they lie (`foretune.engine.sums`).
+    """
     apart = sums_apart(work, strategy)
-    if cluster.world_size == 1 or not (apart or strategy.zero_stage == 0):
+    in_place = apart and cluster.accelerator.kind == "cuda"
+    if cluster.world_size == 1 or in_place or not (apart or strategy.zero_stage == 0):
         return 0
     return (work.gradient_bytes if apart else work.parameter_bytes) * min(work.trainable, REDUCED_AT_ONCE)
 

@@ -173,3 +173,11 @@ def test_checkpoints_hold_weights_masters_and_states() -> None:
 def test_bytes_for_people() -> None:
     assert gib(93.1 * GIB) == "93.1 GiB"
     assert gib(0.5 * GIB) == "512 MiB"
+
+
+def test_sums_apart_are_reduced_where_they_lie_on_gpus() -> None:
+    work, apart = work_of(), Strategy(1, 4, 4)
+    assert memory.sums_apart(work, apart)
+    assert memory.reduced_at_once(work, apart, cluster_of(4)) == 0
+    assert memory.reduced_at_once(work, apart, parse_hardware("2xcpu,ram=256GB")) == 4 * memory.REDUCED_AT_ONCE
+    assert memory.reduced_at_once(work, Strategy(0, 4, 4), cluster_of(4)) == 2 * memory.REDUCED_AT_ONCE
