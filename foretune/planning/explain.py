@@ -78,7 +78,7 @@ def explain_strategy(
             s.offload_optimizer,
             offloaded if s.offload_optimizer else "the optimizer fits on the device",
         ),
-        "offload_optimizer_step": ("device" if s.streamed else "host", _explain_step(s)),
+        "offload_optimizer_step": (_stepped_by(config, s), _explain_step(s)),
         "offload_param": (s.offload_param, offloaded if s.offload_param else "the parameters fit on the device"),
         "optimizer_dtype": ("bf16" if s.bf16_states else "fp32", _explain_states(config, s)),
         "micro_batch_size_per_gpu": (s.micro_batch_size, batch),
@@ -114,6 +114,14 @@ def _explain_offload(
     if s.streamed:
         where += f", whose pages are locked once, in {starting_seconds(work, s, cluster):.0f} s"
     return f"{why}; {where}"
+
+
+def _stepped_by(config: Config, s: Strategy) -> str:
+    """Who steps what is offloaded; where nothing is, what was asked for."""
+    asked = config.plan.offload_optimizer_step
+    if not s.offload_optimizer and asked != "auto":
+        return asked
+    return "device" if s.streamed else "host"
 
 
 def _explain_step(s: Strategy) -> str:

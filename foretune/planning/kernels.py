@@ -16,6 +16,8 @@ from foretune.planning.strategy import Strategy, Workload
 LARGEST_PACKED_HEAD = 256
 #: What the first step takes longer where layers are compiled: 12-15 s on an H100 (1.5B), 3 s once it is on disk.
 COMPILING_SECONDS = 15.0
+NO_SUMS_APART = "gradients have no fp32 sums of their own here, as they have at ZeRO-1 with bf16"
+TILES_SUM = "tiles of an MLP sum the gradients of its weights themselves"
 
 
 def choose_attention(config: Config, work: Workload, cluster: Cluster) -> Decision:
@@ -73,8 +75,10 @@ def choose_compile(config: Config, cluster: Cluster, *, zero_stage: int | None) 
     return Decision(field=field, value=True, reason="norms, rotary embeddings and activations become one kernel each")
 
 
-def choose_fp8(config: Config, work: Workload, cluster: Cluster, *, zero_stage: int) -> Decision:
+def choose_fp8(config: Config, work: Workload, cluster: Cluster) -> Decision:
     """Linear maps in 8-bit floats, where they are asked for: never by itself, and with no gain promised.
+
+    The search then leaves ZeRO-3 out.
 
     Raises:
         UserError: (field ``plan.fp8``) asked for where it cannot be, or without leave to change numerics.
@@ -92,7 +96,7 @@ def choose_fp8(config: Config, work: Workload, cluster: Cluster, *, zero_stage: 
         obstacle = f"{cluster.accelerator.name} is not known to have 8-bit matrix units (Ada, Hopper and later have)"
     elif work.precision != "bf16":
         obstacle = f"it is written for bf16, and the model trains in {work.precision}"
-    elif zero_stage == 3:
+    elif config.plan.zero_stage == 3 or config.plan.offload_param is True:
         obstacle = "ZeRO-3 has no whole weights to cast"
     if obstacle:
         raise UserError(field, True, obstacle, "remove the key")
@@ -100,24 +104,47 @@ def choose_fp8(config: Config, work: Workload, cluster: Cluster, *, zero_stage: 
     return Decision(field=field, value=True, reason=reason, pinned=True)
 
 
-def choose_sum_in_matmul(config: Config, work: Workload, cluster: Cluster, strategy: Strategy) -> Decision:
-    """Weight gradients added inside the product where their fp32 sums lie apart from them.
+def may_sum_in_matmul(config: Config, work: Workload, cluster: Cluster, *, fp8: bool) -> bool:
+    """Whether a layout with fp32 sums apart adds to them inside products; the search then knows its time.
 
     Raises:
-        UserError: (field ``plan.sum_in_matmul``) asked for where it cannot be.
+        UserError: (field ``plan.sum_in_matmul``) asked for where no layout can.
+    """
+    asked, obstacle = config.plan.sum_in_matmul, _summing_obstacle(config, work, cluster, fp8=fp8)
+    if asked is True and obstacle is None and config.plan.mlp_tile_rows not in ("auto", 0):
+        obstacle = TILES_SUM
+    if asked is True and obstacle:
+        raise UserError("plan.sum_in_matmul", asked, obstacle, "remove the key")
+    return asked is not False and obstacle is None
+
+
+def _summing_obstacle(config: Config, work: Workload, cluster: Cluster, *, fp8: bool) -> str | None:
+    """Why products cannot add to sums, whatever the layout."""
+    if cluster.accelerator.kind != "cuda":
+        return "only a GPU's matrix products add in fp32 what they multiply in 16 bits"
+    if config.method != "full":
+        return "an adapter's matrices are too small to gain by it"
+    if work.shape.family == "gpt2":
+        return "this family (gpt2) has transposed weights (Conv1D), whose gradients only autograd makes"
+    if fp8:
+        return "8-bit linear maps make the gradients of their weights themselves (plan.fp8)"
+    return None
+
+
+def choose_sum_in_matmul(
+    config: Config, work: Workload, cluster: Cluster, strategy: Strategy, *, fp8: bool
+) -> Decision:
+    """Weight gradients added inside the product where their fp32 sums lie apart from them.
+
+    What is asked for has been refused before the search (`may_sum_in_matmul`), or has narrowed it.
     """
     asked, field = config.plan.sum_in_matmul, "plan.sum_in_matmul"
-    obstacle = None
-    if cluster.accelerator.kind != "cuda":
-        obstacle = "only a GPU's matrix products add in fp32 what they multiply in 16 bits"
-    elif config.method != "full":
-        obstacle = "an adapter's matrices are too small to gain by it"
-    elif not sums_apart(work, strategy):
-        obstacle = "gradients have no fp32 sums of their own here, as they have at ZeRO-1 with bf16"
-    elif strategy.mlp_tile_rows:
-        obstacle = "tiles of an MLP sum the gradients of its weights themselves"
-    if asked is True and obstacle:
-        raise UserError(field, asked, obstacle, "remove the key")
+    obstacle = _summing_obstacle(config, work, cluster, fp8=fp8)
+    if obstacle is None and not sums_apart(work, strategy):
+        obstacle = NO_SUMS_APART
+    elif obstacle is None and strategy.mlp_tile_rows:
+        obstacle = TILES_SUM
+    assert asked is not True or obstacle is None, obstacle
     if asked != "auto":
         return Decision(field=field, value=asked, reason="as set", pinned=True)
     if obstacle is not None:

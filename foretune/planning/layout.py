@@ -19,6 +19,7 @@ from foretune.planning.kernels import (
     choose_compile,
     choose_fp8,
     choose_sum_in_matmul,
+    may_sum_in_matmul,
 )
 from foretune.planning.mathematics import DataFacts, decide, workload
 from foretune.planning.search import Candidate
@@ -68,9 +69,8 @@ def lay_out(config: Config, work: Workload, cluster: Cluster, *, total_steps: in
     Raises:
         UserError, NoPlanFits: nothing fits.
     """
-    attention = choose_attention(config, work, cluster)
-    may_sum = config.plan.sum_in_matmul is not False and work.shape.family != "gpt2"
-    summing = may_sum and cluster.accelerator.kind == "cuda"
+    attention, eight_bits = choose_attention(config, work, cluster), choose_fp8(config, work, cluster)
+    summing = may_sum_in_matmul(config, work, cluster, fp8=eight_bits.value)
     work = replace(work, attention=attention.value, sums_inside=summing)
     compiling, work, candidates, best = _compiled_or_not(config, work, cluster, total_steps=total_steps)
     chosen = best.strategy
@@ -80,8 +80,8 @@ def lay_out(config: Config, work: Workload, cluster: Cluster, *, total_steps: in
         best=best,
         attention=attention,
         compiling=compiling,
-        eight_bits=choose_fp8(config, work, cluster, zero_stage=chosen.zero_stage),
-        summing=choose_sum_in_matmul(config, search.work_for(work, chosen), cluster, chosen),
+        eight_bits=eight_bits,
+        summing=choose_sum_in_matmul(config, search.work_for(work, chosen), cluster, chosen, fp8=eight_bits.value),
     )
 
 
@@ -136,7 +136,7 @@ def work_and_strategy(config: Config, plan: Plan, shape: ModelShape) -> tuple[Wo
         reduce_bucket_size=zero.get("reduce_bucket_size", 0),
         sub_group_size=zero.get("sub_group_size", 1),
         bf16_states=plan.optimizer_dtype == "bf16",
-        nvme=zero.get("offload_optimizer", {}).get("device") == "nvme",
+        nvme=plan.swaps_to_nvme,
     )
     work = replace(work, attention=plan.attention, compiled=plan.compile_layers, sums_inside=plan.sum_in_matmul)
     return work, strategy

@@ -12,6 +12,7 @@ from foretune.artifacts import Cluster
 from foretune.config import Config
 from foretune.errors import NoPlanFits, UserError
 from foretune.planning.explain import shortfall
+from foretune.planning.kernels import NO_SUMS_APART
 from foretune.planning.machines import catalogue
 from foretune.planning.predict import host, memory
 from foretune.planning.search import LOSS_CHUNKS, Candidate, best_of_families, evaluate, search_space
@@ -28,6 +29,8 @@ def nothing_fits(
     config: Config, work: Workload, cluster: Cluster, candidates: list[Candidate]
 ) -> UserError | NoPlanFits:
     """`UserError` for a pin that forbids what would fit, else `NoPlanFits` with the changes that would do."""
+    if not candidates:
+        return _pins_exclude(config)
     nearest = min(candidates, key=lambda one: _bytes_over(one, cluster))
     pins = {name: value for name, value in config.plan.model_dump().items() if value not in ("auto", None)}
     pins.pop("nvme_path", None)
@@ -43,6 +46,16 @@ def nothing_fits(
     lines = [f"{one.strategy.name}: {shortfall(one, cluster)}" for one in best_of_families(candidates)]
     changes = list(changes_that_fit(config, work, cluster))
     return NoPlanFits(lines, "; or ".join(changes) if changes else "a smaller model")
+
+
+def _pins_exclude(config: Config) -> UserError:
+    """One key leaves no layout that another would allow: only these two narrow the search to some stages."""
+    if config.plan.sum_in_matmul is True:
+        return UserError("plan.sum_in_matmul", True, NO_SUMS_APART, "remove the key")
+    assert config.plan.fp8 is True
+    return UserError(
+        "plan.fp8", True, "the other keys leave only ZeRO-3, which has no whole weights to cast", "remove the key"
+    )
 
 
 def changes_that_fit(config: Config, work: Workload, cluster: Cluster) -> Iterator[str]:

@@ -41,7 +41,7 @@ def search_space(config: Config, work: Workload, cluster: Cluster) -> Iterator[S
     batches = list(_batches(config, work, cluster))
     pinned_rows = config.plan.mlp_tile_rows
     tile_rows = 0 if pinned_rows == "auto" else pinned_rows
-    for one in _layouts(config, work, cluster):
+    for one in _layouts_with_sums(config, work, cluster):
         layout = replace(one, mlp_tile_rows=tile_rows)
         hopeless = not _may_fit(config, work, replace(layout, micro_batch_size=batches[-1][0]), cluster)
         for micro_batch, steps in batches[-1:] if hopeless else batches:
@@ -80,7 +80,7 @@ def _may_fit(config: Config, work: Workload, strategy: Strategy, cluster: Cluste
 
 def _may_tile(config: Config, work: Workload, strategy: Strategy) -> bool:
     """Whether MLPs in tiles are worth a look where not all layers can keep what they compute."""
-    free = config.plan.mlp_tile_rows == "auto"
+    free = config.plan.mlp_tile_rows == "auto" and config.plan.sum_in_matmul is not True
     return free and work.max_length >= LONG_ROWS and not tiling_obstacle(config, work, strategy.zero_stage)
 
 
@@ -116,6 +116,13 @@ def _least_share(work: Workload, strategy: Strategy, cluster: Cluster) -> float:
     return round(1.0 - min(1.0, stays), 2)
 
 
+def _layouts_with_sums(config: Config, work: Workload, cluster: Cluster) -> Iterator[Strategy]:
+    """Layouts; with `plan.sum_in_matmul` pinned, those whose gradients have fp32 sums of their own to add to."""
+    for one in _layouts(config, work, cluster):
+        if config.plan.sum_in_matmul is not True or memory.sums_apart(work, one):
+            yield one
+
+
 def _layouts(config: Config, work: Workload, cluster: Cluster) -> Iterator[Strategy]:
     """Stage, what is offloaded and where to, the format of the optimizer's states; one row a micro-batch."""
     plan, pinned, base = config.plan, pinned_share(config), Strategy(0, 1, 1).sized_for(work)
@@ -125,7 +132,7 @@ def _layouts(config: Config, work: Workload, cluster: Cluster) -> Iterator[Strat
         base = replace(base, sub_group_size=plan.sub_group_size)
     stages: tuple[Stage, ...] = (0, 1, 2, 3) if plan.zero_stage == "auto" else (plan.zero_stage,)
     for stage in stages:
-        if stage == 3 and plan.mlp_tile_rows not in ("auto", 0):
+        if stage == 3 and (plan.mlp_tile_rows not in ("auto", 0) or plan.fp8 is True):
             continue
         if stage == 0 and work.accumulation_dtype != work.precision:
             continue  # DeepSpeed has no ZeRO-0 with 16-bit weights and fp32 accumulation
@@ -164,7 +171,9 @@ def _may_have_bf16_states(config: Config, work: Workload, stage: Stage) -> bool:
 
 def _shares(config: Config, cluster: Cluster, stage: Stage, pinned: float | None) -> tuple[float, ...]:
     if pinned is not None:
-        return (pinned,)
+        # DeepSpeed's Adam for a part has decoupled weight decay; what is streamed is torch's own.
+        by_part = 0 < pinned < 1 and config.train.optimizer != "adamw"
+        return () if by_part else (pinned,)
     if cluster.accelerator.kind == "cpu" or stage <= 1:
         return (0.0,)  # ZeRO-1 keeps whole gradients on the device: ZeRO-2 offloads the same with less
     if stage == 3 and config.train.optimizer == "adamw":

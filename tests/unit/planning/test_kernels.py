@@ -74,3 +74,48 @@ def test_what_cannot_be_is_refused(hardware: str, settings: list[str], field: st
     with pytest.raises(UserError) as caught:
         plan(hardware, *settings, tokens=1_000_000)
     assert caught.value.field == field
+
+
+@pytest.mark.parametrize(
+    ("hardware", "model", "settings"),
+    [
+        ("1xH100-80GB", "gpt2", []),
+        ("1xH100-80GB", "Qwen/Qwen2.5-0.5B", ["allow_numerics=true", "plan.fp8=true", "plan.zero_stage=1"]),
+    ],
+    ids=["Conv1D", "fp8"],
+)
+def test_nothing_is_summed_inside_products_that_do_not_sum(hardware: str, model: str, settings: list[str]) -> None:
+    made = plan(hardware, *settings, model=model)
+    assert made.zero_stage == 1
+    assert not made.sum_in_matmul
+    apart = plan(hardware, *settings, "plan.sum_in_matmul=false", model=model)
+    assert made.predicted.step_seconds == apart.predicted.step_seconds
+    with pytest.raises(UserError, match=r"Conv1D|plan\.fp8") as caught:
+        plan(hardware, *settings, "plan.sum_in_matmul=true", model=model)
+    assert (caught.value.field, caught.value.value) == ("plan.sum_in_matmul", True)
+    assert caught.value.mend
+
+
+def test_sums_that_are_asked_for_narrow_the_search() -> None:
+    made = plan("4xH100-80GB", "plan.sum_in_matmul=true", model="Qwen/Qwen2.5-7B")
+    assert (made.zero_stage, made.sum_in_matmul) == (1, True)
+    rows = ["train.max_length=131072", "train.global_batch_size=1"]
+    assert plan("1xH100-80GB", *rows, model="Qwen/Qwen2.5-1.5B").mlp_tile_rows
+    untiled = plan("1xH100-80GB", *rows, "plan.sum_in_matmul=true", model="Qwen/Qwen2.5-1.5B")
+    assert (untiled.mlp_tile_rows, untiled.sum_in_matmul) == (0, True)
+    with pytest.raises(UserError, match="tiles") as caught:
+        plan("1xH100-80GB", "plan.sum_in_matmul=true", "plan.mlp_tile_rows=4096")
+    assert caught.value.field == "plan.sum_in_matmul"
+
+
+def test_eight_bits_that_are_asked_for_narrow_the_search() -> None:
+    machine, model = "8xRTX4090,ram=512GB", "Qwen/Qwen2.5-7B"
+    free = plan(machine, model=model)
+    assert free.zero_stage == 3
+    made = plan(machine, "allow_numerics=true", "plan.optimizer_dtype=fp32", "plan.fp8=true", model=model)
+    assert made.zero_stage < 3
+    assert made.fp8
+    for pins in (["plan.offload_param=true"], ["plan.offload_optimizer=0.5", "plan.offload_optimizer_step=host"]):
+        with pytest.raises(UserError, match="whole weights") as caught:
+            plan(machine, "allow_numerics=true", "plan.fp8=true", *pins, model=model)
+        assert caught.value.field == "plan.fp8"

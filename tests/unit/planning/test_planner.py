@@ -21,8 +21,10 @@ from foretune.config import Config
 from foretune.config.schema import PlanConfig
 from foretune.errors import NoPlanFits, UserError
 from foretune.planning import make_plan, parse_hardware, probe
+from foretune.planning.layout import work_and_strategy
 from foretune.planning.machines.catalogue import GIB
 from foretune.planning.mathematics import SAVING_BYTES_PER_SECOND, SAVING_SHARE
+from foretune.planning.planner import shape_for
 from foretune.planning.predict import host, memory
 
 STORIES = Path(__file__).parents[2] / "models" / "stories260K"
@@ -508,3 +510,24 @@ def _seconds(config: Config, hardware: str, model: str) -> float:
     with suppress(NoPlanFits):
         plan_of(config, hardware, model=model)
     return time.process_time() - start
+
+
+@pytest.mark.parametrize(
+    ("plan", "hardware", "name"),
+    [
+        ({"zero_stage": 2, "offload_optimizer": True}, "2xH100", "ZeRO-2 + optimizer in host memory"),
+        (
+            {"zero_stage": 3, "offload_optimizer": True, "offload_param": True, "nvme_path": "/fast"},
+            "1xRTX4090,ram=64GB",
+            "ZeRO-3 + optimizer in NVMe + parameters in NVMe",
+        ),
+        ({"zero_stage": 2, "optimizer_dtype": "bf16"}, "2xH100", "ZeRO-2 + bf16 optimizer"),
+    ],
+)
+def test_a_plan_has_the_name_of_its_strategy(
+    config_of: MakeConfig, plan: dict[str, Any], hardware: str, name: str
+) -> None:
+    config = config_of(plan=plan, allow_numerics=True)
+    made = plan_of(config, hardware)
+    assert made.strategy_name == name
+    assert work_and_strategy(config, made, shape_for("Qwen2.5-7B"))[1].name == name

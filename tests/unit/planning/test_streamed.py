@@ -176,3 +176,22 @@ def test_after_out_of_memory_more_is_streamed_last(config_of: MakeConfig) -> Non
     assert [plan.offload_optimizer for plan in plans] == [0.85, 1.0]
     assert "on it" in plans[-1].decisions[-1].reason
     assert plans[-1].streams_optimizer
+
+
+def test_a_part_is_offloaded_by_deepspeed_for_adamw_only(config_of: MakeConfig) -> None:
+    """Where the stage is open too: 14B needs ZeRO-3 here, and Adam's part can only be streamed."""
+    pins: dict[str, Any] = {"plan": {"offload_optimizer": 0.5}}
+    assert plan_of(config_of(**pins), "4xA100-80GB", model="Qwen2.5-14B").zero_stage == 3
+    with pytest.raises(UserError) as caught:
+        plan_of(config_of(**pins, train={"optimizer": "adam"}), "4xA100-80GB", model="Qwen2.5-14B")
+    assert caught.value.field == "plan.offload_optimizer"
+    streamed = plan_of(config_of(**pins, train={"optimizer": "adam"}), "4xA100-80GB", model="Qwen2.5-7B")
+    assert streamed.streams_optimizer
+
+
+def test_who_steps_is_shown_as_it_was_asked(config_of: MakeConfig) -> None:
+    plan = plan_of(config_of(plan={"offload_optimizer_step": "device"}), model="Qwen2.5-0.5B")
+    assert plan.offload_optimizer == 0
+    shown = next(one for one in plan.decisions if one.field == "plan.offload_optimizer_step")
+    assert (shown.value, shown.pinned) == ("device", True)
+    assert "no effect" in shown.reason
