@@ -120,11 +120,16 @@ def logit_bytes(work: Workload, strategy: Strategy) -> int:
     return (8 if b == 4 else 8 + b) + earlier
 
 
+def added_bytes_per_logit(work: Workload) -> int:
+    """Bytes per logit of a chunk while its share of the head's gradient is added: logits and gradient, in fp32 one."""
+    return 4 if work.parameter_bytes == 4 else 2 * work.parameter_bytes
+
+
 def loss_bytes(work: Workload, strategy: Strategy) -> int:
     """Linear cross-entropy: one chunk of logits, the head's gradient, the gradient of the hidden states (bTh).
 
-    The head's gradient is summed in fp32 (4Vh) where the head is trained; when a chunk's share (bVh) is added, its
-    gradient alone is there. A head that does more than multiply has whole logits (14 V bytes a token).
+    The head's gradient is summed in fp32 (4Vh) where the head is trained; when a chunk's share (bVh) is added, see
+    `added_bytes_per_logit`. A head that does more than multiply has whole logits (14 V bytes a token).
     """
     shape, b = work.shape, work.parameter_bytes
     tokens = strategy.micro_batch_size * work.max_length
@@ -132,7 +137,10 @@ def loss_bytes(work: Workload, strategy: Strategy) -> int:
         return 14 * shape.vocab_size * tokens
     chunk = min(strategy.loss_chunk_tokens, tokens) * shape.vocab_size
     head = shape.vocab_size * shape.hidden_size if not work.lora_rank else 0
-    logits, adding = logit_bytes(work, strategy) * chunk + 4 * head, 2 * b * chunk + (4 + b) * head
+    logits, adding = (
+        logit_bytes(work, strategy) * chunk + 4 * head,
+        added_bytes_per_logit(work) * chunk + (4 + b) * head,
+    )
     return max(logits, adding) + tokens * b * shape.hidden_size
 
 

@@ -205,8 +205,9 @@ def _loss(phase: str, work: Workload, strategy: Strategy) -> Iterator[Derivation
         return
     per_logit, chunk = activations.logit_bytes(work, strategy), min(strategy.loss_chunk_tokens, tokens)
     head = 0 if work.lora_rank else vocabulary * h
-    if per_logit * chunk * vocabulary + 4 * head < 2 * b * chunk * vocabulary + (4 + b) * head:
-        per_logit = 2 * b
+    added = activations.added_bytes_per_logit(work)
+    if per_logit * chunk * vocabulary + 4 * head < added * chunk * vocabulary + (4 + b) * head:
+        per_logit = added
         if head:
             yield line("b·V·h", f"{b} · {vocabulary:,} · {h}", b * head, "a chunk's share of the head's gradient")
     numbers = f"{per_logit} · {chunk:,} · {vocabulary:,}"
@@ -217,7 +218,7 @@ def _loss(phase: str, work: Workload, strategy: Strategy) -> Iterator[Derivation
 
 
 def _buffers(phase: str, work: Workload, strategy: Strategy, cluster: Cluster) -> Iterator[Derivation]:
-    persistent, passing = memory.buffer_bytes(work, strategy, cluster.world_size)
+    persistent, passing = memory.buffer_bytes(work, strategy, cluster)
     b, bucket = work.parameter_bytes, strategy.reduce_bucket_size
 
     def line(formula: str, numbers: str, value: int, source: str) -> Derivation:

@@ -230,7 +230,7 @@ def test_memory_that_real_runs_on_an_h100_took(
     assert predicted == pytest.approx(measured_gib, rel=0.005)
 
 
-@pytest.mark.parametrize(("length", "measured_gib"), [(384, 3.00)])
+@pytest.mark.parametrize(("length", "measured_gib"), [(384, 3.29)])
 def test_memory_that_real_runs_on_cpus_took(config_of: MakeConfig, length: int, measured_gib: float) -> None:
     """SmolLM2-135M, two ranks, ZeRO-2, fp32: the largest resident set of a rank after many steps."""
     config = config_of(plan={"zero_stage": 2}, train={"max_length": length, "global_batch_size": 2})
