@@ -132,8 +132,9 @@ def travel(
         evaluation = road.evaluate(prepared, checkpoint) if last >= STAGES.index("evaluate") else None
         exported = road.export(checkpoint) if last >= STAGES.index("export") else ()
         account = road.account()
+        report = road.report() if road.has_news or not run.report.is_file() else run.report
         return RunResult(
-            run.path, prepared, plan, checkpoint, road.loss(), evaluation, exported, *account, report=road.report()
+            run.path, prepared, plan, checkpoint, road.loss(), evaluation, exported, *account, report=report
         )
 
 
@@ -153,11 +154,13 @@ class _Road:
         self.run, self.config, self.nproc, self.same_wishes = run, config, nproc, same_wishes
         self.journal, self.on_event = journal, on_event
         self.data_reused = False
+        self.has_news = False  # whether a stage did anything; a command that only skips touches no file
         self.calibration: planning.Calibration | None = None
         self.tell(EventKind.RUN_STARTED, out=str(run.path), versions=_versions())
 
     def tell(self, kind: EventKind, **payload: Any) -> None:
         """Write an event to the journal and hand it to whoever watches."""
+        self.has_news |= kind == EventKind.STAGE_FINISHED
         self.on_event(self.journal.write(kind, **payload))
 
     def prepare(self, *, weights: bool) -> tuple[Path, PreparedDataset]:

@@ -108,7 +108,7 @@ def test_the_command_prints_the_matrix_and_its_verdict(tmp_path: Path) -> None:
 
 
 def test_random_kills_for_a_while_end_in_the_same_bits(tmp_path: Path, agents: Agents) -> None:
-    verdict = soak(out=tmp_path, minutes=0.1, seed=1, steps=40, agents=agents)
+    verdict = soak(out=tmp_path, minutes=0.25, seed=1, steps=40, agents=agents)
     assert verdict.passed
     assert verdict.kills >= 2
     assert 0 < verdict.goodput < 1
