@@ -40,11 +40,12 @@ class HostWindow:
         self._bytes = torch.frombuffer(self._map, dtype=torch.uint8)
         self._device = device
         address, madvise = self._bytes.data_ptr(), ctypes.CDLL(None).madvise  # mmap's own would hold the interpreter
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # of this thread
         for start in range(0, size, _PIECE):
             length = min(_PIECE, size - start)
             madvise(ctypes.c_void_p(address + start), ctypes.c_size_t(length), _POPULATE_WRITE)
             if device.type == "cuda":
-                torch.cuda.set_device(device)  # of this thread
                 # Where it is refused, copies are slower and as right; the error stays with this thread.
                 torch.cuda.cudart().cudaHostRegister(address + start, length, _PORTABLE)  # type: ignore[no-untyped-call]
 

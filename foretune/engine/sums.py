@@ -17,7 +17,6 @@ then waits once, and the device has no pause.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -51,7 +50,7 @@ class WideSums:
             self._filled.append(filled)
             for parameter, one in zip(parameters, sums, strict=True):
                 self.of[parameter] = one
-                zero_optimizer._grad_acc_hooks.append(parameter.register_post_accumulate_grad_hook(_adds_to(one)))
+                zero_optimizer._grad_acc_hooks.append(parameter.register_post_accumulate_grad_hook(one.take))
         zero_optimizer.reduce_gradients = self._reduce  # called at the boundary, where there is such a method
         zero_optimizer.get_grads_for_norm = self._flat
         zero_optimizer.clear_hp_grads = self._forget
@@ -126,15 +125,6 @@ def clip_factor(norm: torch.Tensor, max_norm: float) -> torch.Tensor:
     """What gradients of this norm are divided by, float32 []: max(1, norm / max_norm); 1 where nothing is clipped."""
     factor = torch.clamp((norm + 1e-6) / max_norm, min=1.0) if max_norm > 0 else torch.ones_like(norm)
     return factor.float()
-
-
-def _adds_to(total: GradientSum) -> Callable[[torch.Tensor], None]:
-    def hook(parameter: torch.Tensor) -> None:
-        if parameter.grad is not None:  # else its product has added it (`foretune.model.weight_sums`)
-            total.add(parameter.grad)
-            parameter.grad = None
-
-    return hook
 
 
 def _nothing_to_clear(set_to_none: bool = False) -> None:

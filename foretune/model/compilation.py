@@ -23,6 +23,8 @@ from typing import Any
 import torch
 import torch.utils.checkpoint
 
+from foretune.model.layers import decoder_layers
+
 CACHE = Path.home() / ".cache" / "foretune" / "compiled"
 
 
@@ -50,11 +52,9 @@ def compile_layers(model: Any, *, backend: str = "inductor", cache: Path = CACHE
     Returns:
         How many layers; 0 for a family without decoder layers that transformers can name.
     """
-    from transformers.modeling_layers import GradientCheckpointingLayer
-
     # torch reads where its cache is from here alone; a user's own choice is kept.
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache))
-    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    layers = decoder_layers(model)
     compiled: dict[type, Callable[..., Any]] = {}
     for layer in layers:
         plain = _plain_forward(type(layer))

@@ -17,6 +17,8 @@ from typing import Any
 
 import torch
 
+from foretune.model.layers import linear_maps
+
 #: The kernels' unit of both dimensions of a matrix.
 MULTIPLE = 16
 _SMALLEST = 1e-12
@@ -74,11 +76,8 @@ def float8_linears(model: Any) -> int:
     Returns:
         How many; those with a dimension that is no multiple of 16 stay as they are.
     """
-    from transformers.modeling_layers import GradientCheckpointingLayer
-
-    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     count = 0
-    for linear in (module for layer in layers for module in layer.modules() if type(module) is torch.nn.Linear):
+    for linear in linear_maps(model):
         if linear.in_features % MULTIPLE == 0 and linear.out_features % MULTIPLE == 0:
             linear.__class__ = Float8Linear
             count += 1

@@ -16,6 +16,7 @@ import torch
 import torch.utils.checkpoint
 
 from foretune.errors import UserError
+from foretune.model.layers import decoder_layers
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 
@@ -113,9 +114,7 @@ def checkpoint_layers(model: Any, count: int) -> None:
 
     How many, not all or none: each costs one more forward pass of itself and frees its activations.
     """
-    from transformers.modeling_layers import GradientCheckpointingLayer
-
-    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    layers = decoder_layers(model)
     if count and not layers:
         raise UserError(
             "plan.checkpointed_layers",

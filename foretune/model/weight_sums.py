@@ -19,6 +19,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from foretune.model.layers import linear_maps
+
 
 @dataclass(frozen=True)
 class GradientSum:
@@ -39,6 +41,12 @@ class GradientSum:
         else:
             self.total.copy_(gradient)
             self.filled.fill_(True)
+
+    def take(self, parameter: torch.Tensor) -> None:
+        """Add what autograd left in a parameter, and free it: the hook of a parameter whose gradient is there."""
+        if parameter.grad is not None:  # else its product has added it
+            self.add(parameter.grad)
+            parameter.grad = None
 
 
 def sums_over(
@@ -128,17 +136,13 @@ def sum_inside(model: Any, sums: Mapping[torch.nn.Parameter, GradientSum]) -> in
     Returns:
         How many.
     """
-    from transformers.modeling_layers import GradientCheckpointingLayer
-
     places = Counter(
         id(parameter)
         for _, module in model.named_modules(remove_duplicate=False)
         for parameter in module.parameters(recurse=False)
     )
-    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
-    linears = {module for layer in layers for module in layer.modules() if type(module) is torch.nn.Linear}
     count = 0
-    for linear in linears:
+    for linear in linear_maps(model):
         weight = linear.weight
         assert isinstance(weight, torch.nn.Parameter)
         if weight in sums and places[id(weight)] == 1 and "forward" not in vars(linear):

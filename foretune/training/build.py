@@ -15,9 +15,9 @@ from foretune.checkpoint import layout
 from foretune.checkpoint.snapshot import seed_everything
 from foretune.data import Loader, open_loader
 from foretune.engine import DeepSpeedEngine, Engine, build_optimizer, partitioned_loading
-from foretune.errors import MachineFault, UserError
+from foretune.errors import MachineFault
 from foretune.events import EventKind
-from foretune.model import fp8, loading
+from foretune.model import loading
 from foretune.model.adapters import add_adapters, save_adapter_config
 from foretune.model.compilation import compile_layers
 from foretune.model.lora import fuse_adapters
@@ -25,7 +25,7 @@ from foretune.model.loss import attach_loss
 from foretune.model.tiling import tile_mlps
 from foretune.training.assignment import Assignment
 from foretune.training.hooks import AccountingHook, JournalHook, PeakCheckHook
-from foretune.training.kernels import CompileHook, apply_attention, apply_weight_sums, may_compile
+from foretune.training.kernels import CompileHook, apply_attention, apply_fp8, apply_weight_sums, may_compile
 from foretune.training.loop import Hook
 from foretune.training.pace import SavePace
 from foretune.training.probes import ISOLATION_TOLERANCE, held_out_loss, isolation_error, write_reference_logits
@@ -67,7 +67,7 @@ def build_engine(assignment: Assignment, device: torch.device) -> tuple[DeepSpee
     if plan.method == "lora" and plan.zero_stage < 3 and not compiling:
         fuse_adapters(model)
     if plan.fp8:
-        _use_fp8(assignment, model, device)
+        apply_fp8(assignment, model, device)
     if plan.mlp_tile_rows and not tile_mlps(model, plan.mlp_tile_rows):
         assignment.tell(
             EventKind.NOTE, message="this model's MLPs cannot be in tiles: they take the memory of whole ones"
@@ -95,14 +95,6 @@ def build_engine(assignment: Assignment, device: torch.device) -> tuple[DeepSpee
     # Dropout draws from here on: different on every rank, the same on every start.
     seed_everything(config.train.seed + assignment.rank.rank)
     return engine, model
-
-
-def _use_fp8(assignment: Assignment, model: Any, device: torch.device) -> None:
-    """Linear maps of the layers in 8 bits, which the plan was asked for."""
-    if obstacle := fp8.refusal(device):
-        raise UserError("plan.fp8", True, obstacle, "remove the key")
-    count = fp8.float8_linears(model)
-    assignment.tell(EventKind.NOTE, message=f"{count} linear maps compute in 8-bit floats: other numerics than bf16")
 
 
 def build_loader(assignment: Assignment, engine: Engine) -> Loader:

@@ -1,4 +1,4 @@
-"""The kernels that were planned, put into a model: packed attention before the engine, the others after it."""
+"""The kernels that were planned, put into a model: attention and 8 bits before the engine, the others after it."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from typing import Any
 import torch
 
 from foretune.engine import DeepSpeedEngine
+from foretune.errors import UserError
 from foretune.events import EventKind, Journal
-from foretune.model import attention, compilation
+from foretune.model import attention, compilation, fp8
 from foretune.model.weight_sums import sum_inside
 from foretune.training.assignment import Assignment
 from foretune.training.loop import StepReport
@@ -27,6 +28,14 @@ def apply_attention(assignment: Assignment, model: Any, device: torch.device) ->
         attention.use_packed_attention(model)
     else:
         assignment.tell(EventKind.NOTE, message=f"attention is sdpa: {reason}")
+
+
+def apply_fp8(assignment: Assignment, model: Any, device: torch.device) -> None:
+    """Linear maps of the layers in 8 bits, which the plan was asked for."""
+    if obstacle := fp8.refusal(device):
+        raise UserError("plan.fp8", True, obstacle, "remove the key")
+    count = fp8.float8_linears(model)
+    assignment.tell(EventKind.NOTE, message=f"{count} linear maps compute in 8-bit floats: other numerics than bf16")
 
 
 def apply_weight_sums(assignment: Assignment, model: Any, engine: DeepSpeedEngine) -> None:

@@ -166,14 +166,8 @@ def sums_of(model: torch.nn.Module) -> dict[torch.nn.Parameter, GradientSum]:
     sizes = [parameter.numel() for parameter in parameters]
     flat = torch.full((sum(sizes),), float("nan"), device=parameters[0].device)
     sums = dict(zip(parameters, sums_over(parameters, flat.split(sizes))[0], strict=True))
-    for parameter in parameters:
-
-        def add(parameter: torch.Tensor, into: GradientSum = sums[parameter]) -> None:
-            if parameter.grad is not None:  # else its product did it
-                into.add(parameter.grad)
-                parameter.grad = None
-
-        parameter.register_post_accumulate_grad_hook(add)
+    for parameter, one in sums.items():
+        parameter.register_post_accumulate_grad_hook(one.take)
     return sums
 
 
