@@ -19,6 +19,8 @@ import numpy as np
 import torch
 from measuring import assignment_of
 
+from foretune.distributed import leave
+
 _ALPHABET = 512
 CUDA = torch.cuda.is_available()
 
@@ -386,5 +388,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
-    sys.stdout.flush()
-    os._exit(0)  # a process group's threads may hang at shutdown; everything is written
+    leave()

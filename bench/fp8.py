@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import sys
 import tempfile
@@ -18,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from measuring import machine, measured_in_a_child, save_result
+
+from foretune.distributed import leave
 
 MICRO_BATCH, LEARNING_RATE, WARM_UP = 4, 1e-4, 3
 
@@ -57,8 +58,7 @@ def main() -> None:
     """bf16, then fp8."""
     if sys.argv[1:2] == ["--child"]:
         Path(sys.argv[3]).write_text(json.dumps(run(json.loads(Path(sys.argv[2]).read_text()))))
-        sys.stdout.flush()
-        os._exit(0)  # a process group's threads may hang at shutdown; everything is written
+        leave()
     from throughput import SHAPES
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

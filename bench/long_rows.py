@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import sys
 import tempfile
@@ -20,6 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from measuring import machine, measured_in_a_child, save_result
+
+from foretune.distributed import leave
 
 LEARNING_RATE = 1e-5
 
@@ -76,8 +77,7 @@ def main() -> None:
     """Every variant in a process of its own."""
     if sys.argv[1:2] == ["--child"]:
         run(json.loads(Path(sys.argv[2]).read_text()), Path(sys.argv[3]))
-        sys.stdout.flush()
-        os._exit(0)  # a process group's threads may hang at shutdown; everything is written
+        leave()
     from throughput import SHAPES, flops_per_token
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

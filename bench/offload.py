@@ -30,6 +30,8 @@ from typing import Any
 
 from measuring import machine, measured_in_a_child, save_result
 
+from foretune.distributed import leave
+
 ROWS = 16  # of a step
 RATIO = 0.7  # of DeepSpeed's partial offload: what the host's 125 GiB allow
 LEARNING_RATE = 1e-5
@@ -127,8 +129,7 @@ def main() -> None:
     if sys.argv[1:2] == ["--child"]:
         result = run(json.loads(Path(sys.argv[2]).read_text()))
         Path(sys.argv[3]).write_text(json.dumps(result))
-        sys.stdout.flush()
-        os._exit(0)  # a process group's threads may hang at shutdown; everything is written
+        leave()
     from throughput import SHAPES
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -36,6 +36,8 @@ from typing import Any
 
 from measuring import RESULTS, assignment_of, machine
 
+from foretune.distributed import leave
+
 GIB = 2**30
 FEWEST_STEPS, MOST_STEPS, STEP_SECONDS = 3, 12, 3.0
 TIMEOUT_SECONDS = 300
@@ -272,9 +274,7 @@ def _child(case: Case, answer: Path, log: Path) -> None:
     except BaseException:
         traceback.print_exc()
     finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+        leave(code)
 
 
 def _plan_of(case: Case, cluster: Any, folder: Path) -> tuple[Any, Any]:

@@ -23,6 +23,8 @@ from pathlib import Path
 
 from measuring import machine, save_result
 
+from foretune.distributed import leave
+
 LENGTH, ROWS = 128, 8
 
 
@@ -112,8 +114,7 @@ def main() -> None:
     """Alternate the contenders and print medians."""
     if sys.argv[1] == "--bare":
         bare(Path(sys.argv[2]), Path(sys.argv[3]))
-        sys.stdout.flush()
-        os._exit(0)
+        leave()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--data", type=Path, required=True)

@@ -21,7 +21,7 @@ from typing import Any
 
 from foretune.artifacts import Plan, RunFolder, write_atomically
 from foretune.config import load_config
-from foretune.distributed import RankInfo
+from foretune.distributed import RankInfo, leave
 from foretune.dryrun.storage import StorageTracker
 
 RESULT = "measured.json"
@@ -108,5 +108,4 @@ def _patch(plan: Plan) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
-    sys.stdout.flush()
-    os._exit(0)  # the shutdown of a process group that is none is not worth waiting for
+    leave()

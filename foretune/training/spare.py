@@ -24,7 +24,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from foretune.distributed import die_with_parent
+from foretune.distributed import die_with_parent, leave
 
 #: How often exits of ranks are looked for, seconds.
 _POLL_SECONDS = 0.02
@@ -90,10 +90,7 @@ def _fork(rank: dict[str, Any]) -> int:
 
         traceback.print_exc()
     finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    raise AssertionError("unreachable")
+        leave(code)
 
 
 def _import_all(run: Path) -> None:

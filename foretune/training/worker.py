@@ -23,7 +23,7 @@ from pathlib import Path
 
 from foretune.artifacts import Outcome, Plan, PreparedDataset, RunFolder
 from foretune.config import load_config
-from foretune.distributed import RankInfo, die_with_parent, rank_info
+from foretune.distributed import RankInfo, die_with_parent, leave, rank_info
 from foretune.errors import MachineFault, UserError
 from foretune.events import EventKind, Journal
 from foretune.faults import Faults
@@ -175,8 +175,4 @@ def _write_log_to(path: Path) -> None:
 
 
 if __name__ == "__main__":
-    code = main()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    # Interpreter shutdown with a process group's threads can crash or hang; everything is written by now.
-    os._exit(code)
+    leave(main())

@@ -6,7 +6,6 @@ writes FOLDER/world-N.json (losses, gradient norms) and FOLDER/world-N.npz (weig
 
 import itertools
 import json
-import os
 import sys
 from pathlib import Path
 
@@ -15,7 +14,7 @@ import torch
 
 from foretune.config.schema import TrainConfig
 from foretune.data import open_loader
-from foretune.distributed import die_with_parent, rank_info
+from foretune.distributed import die_with_parent, leave, rank_info
 from foretune.engine import DeepSpeedEngine, build_optimizer, close_group, open_group, partitioned_loading
 from foretune.model.loading import load_model
 from foretune.model.loss import attach_loss
@@ -125,5 +124,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
-    sys.stdout.flush()
-    os._exit(0)
+    leave()

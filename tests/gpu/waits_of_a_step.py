@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from foretune.config.schema import TrainConfig
 from foretune.data import MicroBatch, StepBatch
-from foretune.distributed import rank_info
+from foretune.distributed import leave, rank_info
 from foretune.engine import DeepSpeedEngine, build_optimizer, close_group, open_group
 from foretune.model.attention import use_packed_attention
 from foretune.model.compilation import compile_layers, compiled_graphs
@@ -90,3 +90,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    leave()

@@ -192,7 +192,7 @@ def main() -> None:
     parser.add_argument("--cases", required=True)
     arguments = parser.parse_args()
 
-    from foretune.distributed import die_with_parent, rank_info
+    from foretune.distributed import die_with_parent, leave, rank_info
     from foretune.engine import close_group, open_group
 
     die_with_parent()
@@ -203,6 +203,7 @@ def main() -> None:
             write_case(name, arguments.out / name, device)
     finally:
         close_group()
+    leave()
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ DeepSpeed has no second device to leave a share on, so the first sub-group is to
 
 import hashlib
 import json
-import os
 import sys
 from pathlib import Path
 
@@ -15,7 +14,7 @@ import torch
 
 from foretune.checkpoint.snapshot import FolderWriter
 from foretune.config.schema import TrainConfig
-from foretune.distributed import rank_info
+from foretune.distributed import leave, rank_info
 from foretune.engine import DeepSpeedEngine, build_optimizer, close_group, open_group
 from foretune.engine.deepspeed_engine import ENGINE_TAG
 from foretune.engine.partial_offload import PartialOffload
@@ -105,5 +104,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
-    sys.stdout.flush()
-    os._exit(0)
+    leave()

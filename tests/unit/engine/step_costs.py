@@ -10,7 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from foretune.config.schema import TrainConfig
-from foretune.distributed import rank_info
+from foretune.distributed import leave, rank_info
 from foretune.engine import DeepSpeedEngine, build_optimizer, close_group, open_group
 
 STEPS = 4
@@ -119,3 +119,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    leave()

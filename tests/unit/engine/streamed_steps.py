@@ -16,7 +16,7 @@ import torch
 from step_costs import DEVICE, config_of
 
 from foretune.config.schema import TrainConfig
-from foretune.distributed import rank_info
+from foretune.distributed import leave, rank_info
 from foretune.engine import DeepSpeedEngine, build_optimizer, close_group, open_group, streaming
 from foretune.engine.streaming import StreamedStates
 
@@ -119,3 +119,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    leave()

@@ -44,7 +44,7 @@ import json, sys
 from pathlib import Path
 import torch
 from foretune.config.schema import TrainConfig
-from foretune.distributed import rank_info
+from foretune.distributed import leave, rank_info
 from foretune.training.spare import _import_all
 _import_all(Path(sys.argv[1]))
 from transformers import LlamaForCausalLM  # as the plan's model class would be
@@ -62,6 +62,7 @@ engine.backward(engine(input=torch.ones(1, 8)).sum())
 engine.step(0.1)
 print(json.dumps(sorted(set(sys.modules) - before)))
 close_group()
+leave()
 """
 
 
