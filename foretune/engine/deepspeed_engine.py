@@ -18,6 +18,7 @@ from deepspeed.runtime.zero import GatheredParameters
 from foretune.checkpoint import layout
 from foretune.checkpoint.snapshot import StateWriter
 from foretune.engine.communication import CommunicationClock, gather_in_place
+from foretune.engine.masters import WithoutMasters
 from foretune.engine.partial_offload import PartialOffload
 from foretune.engine.protocol import StepResult
 from foretune.engine.reduction import ReductionAtStep
@@ -57,7 +58,8 @@ class DeepSpeedEngine:
         save_frozen: bool = True,
         streamed_share: float = 0.0,
     ) -> None:
-        with translated_errors():
+        without_masters = WithoutMasters() if streamed_share else None
+        with translated_errors(), without_masters or nullcontext():
             self._engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=deepspeed_config)
         if isinstance(self._engine.optimizer, FP16_UnfusedOptimizer):
             _undo_empty_step(self._engine.optimizer)
@@ -78,8 +80,9 @@ class DeepSpeedEngine:
                 self._reduction = ReductionAtStep(self._engine)
         self._plain_grad_norm: torch.Tensor | None = None
         self._streamed: StreamedStates | None = None
-        if streamed_share:
+        if without_masters is not None:
             assert StreamedStates.applies(self._engine.optimizer, optimizer), "not planned for this layout"
+            without_masters.check(self._engine.optimizer)
             self._streamed = StreamedStates(self._engine.optimizer, optimizer, share=streamed_share)
         #: Where gradients are added up, of every trainable parameter, where that is ours to know.
         self.gradient_sums: dict[torch.nn.Parameter, GradientSum] = {}

@@ -24,6 +24,8 @@ from weakref import finalize
 
 import torch
 
+from foretune.engine.masters import without_memory
+
 #: Elements of a piece: 3 x 128 MiB in fp32, some 3 ms each way, long enough that starting a copy does not count.
 PIECE = 1 << 25
 #: Pieces on the device at a time: one that comes, one that is computed, one that goes.
@@ -54,10 +56,10 @@ class _Piece:
 
 
 class StreamedStates:
-    """Takes master weights and Adam's states of a `BF16_Optimizer` to host memory, and steps them piece by piece.
+    """Keeps master weights and Adam's states of a `BF16_Optimizer` in host memory, and steps them piece by piece.
 
     Args:
-        zero_optimizer: DeepSpeed's wrapper; `applies` says whether it can be.
+        zero_optimizer: DeepSpeed's wrapper, built within `WithoutMasters`; `applies` says whether it can be.
         optimizer: the fused Adam or AdamW inside.
         share: of every partition, that lies in host memory, 0 to 1.
         piece: elements that travel at a time.
@@ -130,35 +132,28 @@ class StreamedStates:
         finally:
             for flat in self._flats:
                 self._adopt(flat)
-                flat.parameter.data = _without_memory(flat.parameter.numel(), flat.low.device)
+                flat.parameter.data = without_memory(flat.parameter.numel(), flat.low.device)
 
     def _take(self, index: int, share: float) -> _Flat:
-        """Move a partition's master weights where they belong; states follow at the first step."""
+        """Make a partition's master weights where they belong; states follow at the first step."""
         zero = self._zero
         parameter: torch.nn.Parameter = zero.fp32_groups_flat_partition[index]
         rank = torch.distributed.get_rank(group=zero.real_dp_process_group[index])
+        low = zero.bf16_partitioned_groups[index][rank]
         n = parameter.numel()
         cut = min(n, -(-int((1.0 - share) * n) // _ALIGNMENT) * _ALIGNMENT)
         master = _host_zeros(n)
-        master[cut:].copy_(parameter.data[cut:])
-        near = parameter.data[:cut].to("cpu", copy=True)  # on the device, building would take more than training
-        parameter.data = _without_memory(n, parameter.device)
-        flat = _Flat(
+        for start in range(cut, n, PIECE):  # widened on the device, a piece at a time
+            master[start : start + PIECE].copy_(low[start : start + PIECE].float())
+        return _Flat(
             parameter,
             self._optimizer.param_groups[index],
-            zero.bf16_partitioned_groups[index][rank],
+            low,
             cut,
-            near=[],
+            near=[low[:cut].float()],
             far=[master],
             step=torch.zeros((), device=parameter.device),
         )
-        for low in zero.bf16_groups[index]:  # DeepSpeed's views of the master weights would keep the device's memory
-            mapping = getattr(low, "_hp_mapping", None)
-            if mapping is not None:
-                where = mapping.hp_fragment_address
-                mapping.hp_fragment = master.narrow(0, where.start, where.numel)
-        flat.near.append(near.to(parameter.device))
-        return flat
 
     def _prepare(self) -> None:
         """Before the first step: zeros for states that no checkpoint gave, and page-locked memory."""
@@ -306,11 +301,6 @@ class _Ferry:
         if self._cuda:
             self._up.synchronize()
             self._down.synchronize()
-
-
-def _without_memory(numel: int, device: torch.device) -> torch.Tensor:
-    """A tensor [numel] that takes the memory of one element: torch insists that a gradient lies where its tensor is."""
-    return torch.empty(1, device=device).expand(numel)
 
 
 def _host_zeros(numel: int) -> torch.Tensor:

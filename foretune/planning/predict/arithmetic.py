@@ -107,11 +107,9 @@ def _states(part: str, phase: str, work: Workload, strategy: Strategy, cluster: 
         return
     size = strategy.state_bytes(work) if stage or b < 4 else work.optimizer_state_bytes
     formula, numbers = "s·ψt", f"{size} · {work.trainable:,}"
-    if phase == memory.BUILDING:
-        formula, numbers = "4·ψt", f"4 · {work.trainable:,}"
     if stage and ranks > 1:
         formula, numbers = formula + " / N", numbers + f" / {ranks}"
-    if 0 < strategy.offload_optimizer < 1 and phase != memory.BUILDING:
+    if 0 < strategy.offload_optimizer < 1:
         formula, numbers = formula + " · (1 - offloaded)", numbers + f" · {1 - strategy.offload_optimizer:.2g}"
     yield Derivation(part=part, formula=formula, numbers=numbers, value=held, source=ZERO)
 

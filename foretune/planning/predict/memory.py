@@ -35,8 +35,6 @@ PROCESS_BYTES = int(0.6 * GIB)
 REDUCED_AT_ONCE = 500_000_000
 #: Of streamed states: elements that travel at a time, and places for them on the device (`foretune.engine.streaming`).
 STREAMED_PIECE, STREAMED_SLOTS = 1 << 25, 3
-#: The phase before the first step; as much as the others only where the optimizer is streamed.
-BUILDING = "building"
 #: What malloc keeps of freed blocks on a CPU beside gradients, which are counted whole: SmolLM2-135M, two ranks, took
 #: 3.26 GiB at ZeRO-2 (rows of 384) and 3.39 at ZeRO-1 (rows of 512), 3 % and 0.5 % more than all parts.
 MALLOC_SHARE = 0.02
@@ -113,9 +111,6 @@ def phases(work: Workload, strategy: Strategy, cluster: Cluster) -> dict[str, di
         },
     }
     by_phase = {name: {**resident, **parts} for name, parts in varying.items()}
-    if strategy.streamed:
-        # DeepSpeed makes master weights and sums on the device before the host takes its share (measured on 7B: 10ψ).
-        by_phase[BUILDING] = {**resident, "optimizer": 4 * shard, "gradients": gradients}
     if on_cpu:
         for parts in by_phase.values():
             parts["allocator"] = int(MALLOC_SHARE * (sum(parts.values()) - PROCESS_BYTES))

@@ -110,7 +110,6 @@ def _least_share(work: Workload, strategy: Strategy, cluster: Cluster) -> float:
     """The least share of a streamed optimizer with which the device is large enough; 1 if none is, 0 if all stays."""
     whole = strategy.state_bytes(work) * memory.shard_of(work, strategy, cluster)
     by_phase = memory.phases(work, strategy, cluster)
-    by_phase.pop(memory.BUILDING)  # no share changes it
     left = memory.budget(cluster) - max(sum(parts.values()) for parts in by_phase.values())
     stays = floor(STREAMED_STEPS * max(0, left) / whole) / STREAMED_STEPS
     return round(1.0 - min(1.0, stays), 2)

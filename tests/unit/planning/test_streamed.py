@@ -60,6 +60,14 @@ def test_7b_on_one_80_gb_card_is_streamed(config_of: MakeConfig) -> None:
     assert "fits, but takes" in by_deepspeed.reason
 
 
+@pytest.mark.parametrize("model", ["Llama-3.1-8B", "Qwen3-8B"])
+def test_8b_on_one_80_gb_card_too(config_of: MakeConfig, model: str) -> None:
+    """With master weights made on the device, building the engine alone took 10 bytes a parameter: more than it has."""
+    plan = plan_of(config_of(train=SEVEN_B), model=model)
+    assert plan.streams_optimizer
+    assert plan.predicted.gpu_memory_bytes <= memory.budget(plan.cluster)
+
+
 def test_no_other_batch_depth_or_share_is_faster(config_of: MakeConfig) -> None:
     """Every micro-batch, number of layers and share in hundredths, tried one by one."""
     config = config_of(train=SEVEN_B)
@@ -78,9 +86,6 @@ def test_memory_and_time_as_measured(config_of: MakeConfig) -> None:
     config = config_of(train=SEVEN_B, plan=MEASURED)
     work, strategy = work_and_strategy(config, plan_of(config), shape_for("Qwen2.5-7B"))
     cluster = parse_hardware(ONE_H100)
-    building = sum(memory.phases(work, strategy, cluster)[memory.BUILDING].values()) - memory.CUDA_CONTEXT_BYTES
-    # That engine copied the master weights that stay on the device itself, which later ones do by way of the host.
-    assert building + 0.15 * 4 * PARAMETERS == pytest.approx(80_725_538_304, rel=1e-6)
     # Before a save has made the states whole there: the share, and the process.
     running = host.GPU_PROCESS_BYTES + 0.85 * 12 * PARAMETERS
     assert running == pytest.approx(80_081_510_400, rel=0.03)
