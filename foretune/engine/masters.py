@@ -16,14 +16,14 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
-class WithoutMasters(TorchDispatchMode):
+class WithoutMasters(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """While a `BF16_Optimizer` is built within this, its fp32 partitions take no memory.
 
     What it recognises is a flat tensor of 16 bits that is made fp32: `check` says whether that was these alone.
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._without = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
