@@ -18,7 +18,8 @@ from deepspeed.runtime.zero import GatheredParameters
 from foretune.checkpoint import layout
 from foretune.checkpoint.snapshot import StateWriter
 from foretune.engine.communication import CommunicationClock, gather_in_place
-from foretune.engine.masters import WithoutMasters
+from foretune.engine.eight_bits import EightBits, EightBitStates
+from foretune.engine.masters import WithoutMasters, can_do_without
 from foretune.engine.partial_offload import PartialOffload
 from foretune.engine.protocol import StepResult
 from foretune.engine.reduction import ReductionAtStep
@@ -46,6 +47,8 @@ class DeepSpeedEngine:
         save_frozen: whether a checkpoint also holds the parameters that are not trained.
         streamed_share: of master weights and Adam's states, that lies in host memory and passes through the device at
             every step (see `foretune.engine.streaming`). ZeRO 1, 16-bit weights, fp32 sums.
+        eight_bits: moments of 8 bits and no master weights, other numerics (see `foretune.engine.eight_bits`). ZeRO 1,
+            16-bit weights, fp32 sums.
     """
 
     def __init__(
@@ -57,8 +60,9 @@ class DeepSpeedEngine:
         device: torch.device,
         save_frozen: bool = True,
         streamed_share: float = 0.0,
+        eight_bits: EightBits | None = None,
     ) -> None:
-        without_masters = WithoutMasters() if streamed_share else None
+        without_masters = WithoutMasters() if streamed_share or eight_bits else None
         with translated_errors(), without_masters or nullcontext():
             self._engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=deepspeed_config)
         if isinstance(self._engine.optimizer, FP16_UnfusedOptimizer):
@@ -70,7 +74,6 @@ class DeepSpeedEngine:
         self.zero_stage = int(self._engine.zero_optimization_stage())
         self._save_frozen = save_frozen
         self._torch_optimizer = optimizer
-        self._partial_offload = PartialOffload.of(self._engine.optimizer)
         self._communication = CommunicationClock()
         self._reduction: ReductionAtStep | None = None
         if device.type == "cpu":
@@ -79,11 +82,13 @@ class DeepSpeedEngine:
             if ReductionAtStep.applies(self._engine):
                 self._reduction = ReductionAtStep(self._engine)
         self._plain_grad_norm: torch.Tensor | None = None
-        self._streamed: StreamedStates | None = None
+        zero = self._engine.optimizer
         if without_masters is not None:
-            assert StreamedStates.applies(self._engine.optimizer, optimizer), "not planned for this layout"
-            without_masters.check(self._engine.optimizer)
-            self._streamed = StreamedStates(self._engine.optimizer, optimizer, share=streamed_share)
+            assert can_do_without(zero, optimizer), "not planned for this layout"
+            without_masters.check(zero)
+        self._partial_offload = PartialOffload.of(zero)
+        self._streamed = StreamedStates(zero, optimizer, share=streamed_share) if streamed_share else None
+        self._eight_bits = EightBitStates(zero, optimizer, eight_bits) if eight_bits else None
         #: Where gradients are added up, of every trainable parameter, where that is ours to know.
         self.gradient_sums: dict[torch.nn.Parameter, GradientSum] = {}
         if device.type == "cuda":
@@ -144,15 +149,15 @@ class DeepSpeedEngine:
 
     def save(self, write: StateWriter) -> None:
         # save_latest=False: the tag file is written before DeepSpeed's last barrier and has no meaning for us.
-        with translated_errors(), self._whole_on_host(), redirected_saves(self._engine, write) as root:
+        with translated_errors(), self._whole_partitions(), redirected_saves(self._engine, write) as root:
             self._engine.save_checkpoint(
                 root, tag=ENGINE_TAG, save_latest=False, exclude_frozen_parameters=not self._save_frozen
             )
-        if self._partial_offload is not None:
-            write(layout.device_states_file(self.rank), self._partial_offload.state_dict())
+        if self._states_apart is not None:
+            write(layout.device_states_file(self.rank), self._states_apart.state_dict())
 
     def load(self, folder: Path) -> None:
-        with translated_errors(), self._whole_on_host():
+        with translated_errors(), self._whole_partitions():
             path, _ = self._engine.load_checkpoint(
                 str(folder),
                 tag=ENGINE_TAG,
@@ -161,8 +166,8 @@ class DeepSpeedEngine:
             )
         if path is None:
             raise MachineFault(f"DeepSpeed could not load {folder}", rank=self.rank)
-        if self._partial_offload is not None:
-            self._partial_offload.load_state_dict(
+        if self._states_apart is not None:
+            self._states_apart.load_state_dict(
                 torch.load(folder / layout.device_states_file(self.rank), map_location="cpu", weights_only=False)
             )
 
@@ -179,8 +184,14 @@ class DeepSpeedEngine:
         else:
             apply_shortcuts(zero, self._torch_optimizer)
 
-    def _whole_on_host(self) -> AbstractContextManager[None]:
-        return self._streamed.whole_on_host() if self._streamed else nullcontext()
+    def _whole_partitions(self) -> AbstractContextManager[None]:
+        elsewhere = self._streamed or self._eight_bits
+        return elsewhere.whole() if elsewhere else nullcontext()
+
+    @property
+    def _states_apart(self) -> PartialOffload | EightBitStates | None:
+        """Those that are in none of DeepSpeed's files."""
+        return self._partial_offload or self._eight_bits
 
     def _param_groups(self) -> list[dict[str, Any]]:
         groups: list[dict[str, Any]] = self._engine.optimizer.param_groups

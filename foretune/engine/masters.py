@@ -13,7 +13,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+from deepspeed.runtime.utils import all_gather_dp_groups
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from foretune.engine.sums import is_fused_adam
 
 
 class WithoutMasters(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -45,3 +49,27 @@ class WithoutMasters(TorchDispatchMode):  # type: ignore[no-untyped-call]
 def without_memory(numel: int, device: torch.device) -> torch.Tensor:
     """fp32 [numel] that takes the memory of one element: torch insists that a gradient lies where its tensor is."""
     return torch.empty(1, device=device).expand(numel)
+
+
+def can_do_without(zero_optimizer: Any, optimizer: torch.optim.Optimizer) -> bool:
+    """Whether DeepSpeed keeps whole fp32 sums beside 16-bit weights, and the optimizer is torch's fused Adam."""
+    adam = is_fused_adam(optimizer) and not any(group.get("amsgrad") for group in optimizer.param_groups)
+    wide = getattr(zero_optimizer, "grad_acc_dtype", None) == torch.float32
+    return type(zero_optimizer) is BF16_Optimizer and wide and adam
+
+
+def call_before_step(optimizer: torch.optim.Optimizer) -> None:
+    """Call what was registered with ``register_step_pre_hook``: for a step that takes the place of torch's."""
+    for hook in optimizer._optimizer_step_pre_hooks.values():
+        hook(optimizer, (), {})
+
+
+def gather_weights(zero_optimizer: Any) -> None:
+    """Give every rank the 16-bit weights of all: the second half of `BF16_Optimizer.update_lp_params`."""
+    all_gather_dp_groups(
+        groups_flat=zero_optimizer.bf16_groups_flat,
+        partitioned_param_groups=zero_optimizer.bf16_partitioned_groups,
+        dp_process_group=zero_optimizer.real_dp_process_group,
+        start_alignment_factor=zero_optimizer.nccl_start_alignment_factor,
+        allgather_bucket_size=zero_optimizer.allgather_bucket_size,
+    )

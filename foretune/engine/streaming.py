@@ -24,7 +24,7 @@ from weakref import finalize
 
 import torch
 
-from foretune.engine.masters import without_memory
+from foretune.engine.masters import call_before_step, gather_weights, without_memory
 
 #: Elements of a piece: 3 x 128 MiB in fp32, some 3 ms each way, long enough that starting a copy does not count.
 PIECE = 1 << 25
@@ -59,7 +59,7 @@ class StreamedStates:
     """Keeps master weights and Adam's states of a `BF16_Optimizer` in host memory, and steps them piece by piece.
 
     Args:
-        zero_optimizer: DeepSpeed's wrapper, built within `WithoutMasters`; `applies` says whether it can be.
+        zero_optimizer: DeepSpeed's wrapper, built within `WithoutMasters`.
         optimizer: the fused Adam or AdamW inside.
         share: of every partition, that lies in host memory, 0 to 1.
         piece: elements that travel at a time.
@@ -84,22 +84,11 @@ class StreamedStates:
         zero_optimizer.update_lp_params = self._gather_weights
         self._weights_written = False
 
-    @staticmethod
-    def applies(zero_optimizer: Any, optimizer: torch.optim.Optimizer) -> bool:
-        """Whether DeepSpeed keeps whole fp32 sums beside 16-bit weights, and the optimizer is torch's fused Adam."""
-        from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
-
-        adam = isinstance(optimizer, torch.optim.Adam)  # AdamW is one
-        fused = all(group.get("fused") and not group.get("amsgrad") for group in optimizer.param_groups)
-        wide = getattr(zero_optimizer, "grad_acc_dtype", None) == torch.float32
-        return type(zero_optimizer) is BF16_Optimizer and wide and adam and fused
-
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
         """One step of Adam over all partitions, and the 16-bit weights from the new master weights."""
         assert closure is None
-        for hook in self._optimizer._optimizer_step_pre_hooks.values():
-            hook(self._optimizer, (), {})
+        call_before_step(self._optimizer)
         self._prepare()
         if not self._coming:
             self._send_first()
@@ -119,7 +108,7 @@ class StreamedStates:
         self._send_first()  # for the next step: there before it begins
 
     @contextmanager
-    def whole_on_host(self) -> Iterator[None]:
+    def whole(self) -> Iterator[None]:
         """Within this, every partition and its states are whole, in host memory; changes count (to save, to load)."""
         self._ferry.wait()
         self._coming = False
@@ -226,20 +215,11 @@ class StreamedStates:
     def _gather_weights(self) -> None:
         """In place of `update_lp_params`: this rank's 16-bit weights are written already, unless they were loaded."""
         if not self._weights_written:
-            with self.whole_on_host():
+            with self.whole():
                 self._write_back()
             return
         self._weights_written = False
-        from deepspeed.runtime.utils import all_gather_dp_groups
-
-        zero = self._zero
-        all_gather_dp_groups(
-            groups_flat=zero.bf16_groups_flat,
-            partitioned_param_groups=zero.bf16_partitioned_groups,
-            dp_process_group=zero.real_dp_process_group,
-            start_alignment_factor=zero.nccl_start_alignment_factor,
-            allgather_bucket_size=zero.allgather_bucket_size,
-        )
+        gather_weights(self._zero)
 
 
 class _Ferry:
