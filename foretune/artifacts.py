@@ -216,7 +216,7 @@ class Alternative(Artifact):
 
 
 def strategy_name(
-    zero_stage: int, *, offload_optimizer: float, streamed: bool, offload_param: bool, nvme: bool, bf16_states: bool
+    zero_stage: int, *, offload_optimizer: float, streamed: bool, offload_param: bool, nvme: bool, optimizer_dtype: str
 ) -> str:
     """A strategy as people say it, without the batch: ``ZeRO-1 + 85% of the optimizer streamed from host memory``."""
     parts, place = [f"ZeRO-{zero_stage}"], "NVMe" if nvme else "host memory"
@@ -225,8 +225,8 @@ def strategy_name(
         parts.append(f"{share}optimizer {'streamed from' if streamed else 'in'} {place}")
     if offload_param:
         parts.append(f"parameters in {place}")
-    if bf16_states:
-        parts.append("bf16 optimizer")
+    if optimizer_dtype != "fp32":
+        parts.append({"bf16": "bf16 optimizer", "8bit": "8-bit optimizer"}[optimizer_dtype])
     return " + ".join(parts)
 
 
@@ -269,7 +269,7 @@ class Plan(Artifact):
     decisions: list[Decision]
     predicted: Prediction
     rejected: list[Alternative]
-    optimizer_dtype: Literal["fp32", "bf16"] = "fp32"  # of master weights and optimizer states
+    optimizer_dtype: Literal["fp32", "bf16", "8bit"] = "fp32"  # of optimizer states, and of master weights if any
     arithmetic: list[Derivation] = []  # how the predicted memory comes about, symbol by symbol
     replanned: bool = False  # changed after the device ran out of memory: what is predicted is of the plan before
 
@@ -287,7 +287,7 @@ class Plan(Artifact):
             streamed=self.streams_optimizer,
             offload_param=self.offload_param,
             nvme=self.swaps_to_nvme,
-            bf16_states=self.optimizer_dtype == "bf16",
+            optimizer_dtype=self.optimizer_dtype,
         )
 
     @property

@@ -146,8 +146,11 @@ class PlanConfig(Section):
     )
     sub_group_size: Annotated[PositiveInt | Auto, Field(description="parameters that ZeRO-3 steps at a time")] = "auto"
     optimizer_dtype: Annotated[
-        Literal["auto", "fp32", "bf16"],
-        Field(description="of master weights and optimizer states; bf16 changes numerics and needs allow_numerics"),
+        Literal["auto", "fp32", "bf16", "8bit"],
+        Field(
+            description="of optimizer states: fp32; or, with allow_numerics, bf16 (master weights too), "
+            "8bit (Adam at ZeRO-1, no master weights, bf16 weights rounded by chance)"
+        ),
     ] = "auto"
     nvme_path: Annotated[
         str | None, Field(description="folder on a fast disk that may be offloaded to; without it none is")

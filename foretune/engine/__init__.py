@@ -4,6 +4,7 @@
 """
 
 from foretune.engine.deepspeed_engine import DeepSpeedEngine
+from foretune.engine.eight_bits import EightBits
 from foretune.engine.fake import FakeEngine
 from foretune.engine.group import close_group, import_late_modules, open_group
 from foretune.engine.optimizers import build_optimizer
@@ -12,6 +13,7 @@ from foretune.engine.protocol import Engine, StepResult
 
 __all__ = [
     "DeepSpeedEngine",
+    "EightBits",
     "Engine",
     "FakeEngine",
     "StepResult",

@@ -52,14 +52,15 @@ class _Flat:
     """One flat partition of this rank's.
 
     Attributes:
+        index: of the optimizer's group, which is another object after a load.
         parameter: what DeepSpeed and the optimizer hold; between saves without memory of its own.
         low: 16-bit weights [n].
         moments: exp_avg and exp_avg_sq, each (uint8 [m], scales fp32 [m / `BLOCK`]), m: n up to whole blocks.
         step: steps done, fp32 [].
     """
 
+    index: int
     parameter: torch.nn.Parameter
-    group: dict[str, Any]
     low: torch.Tensor
     moments: list[tuple[torch.Tensor, torch.Tensor]]
     step: torch.Tensor
@@ -142,11 +143,11 @@ class EightBitStates:
             )
             for _ in _MOMENTS
         ]
-        return _Flat(parameter, self._optimizer.param_groups[index], low, moments, torch.zeros((), device=low.device))
+        return _Flat(index, parameter, low, moments, torch.zeros((), device=low.device))
 
     def _numbers(self, flat: _Flat) -> tuple[torch.Tensor, bool]:
         """(what `_advance` reads, fp32 [9] on the device, so that no new value compiles anew; AdamW or Adam)."""
-        group, optimizer = flat.group, self._optimizer
+        optimizer, group = self._optimizer, self._optimizer.param_groups[flat.index]
         assert not group["maximize"]
         beta1, beta2 = group["betas"]
         known = [float(group["lr"]), group["weight_decay"], beta1, beta2, group["eps"], 1.0, 0.0, 0.0, 0.0]

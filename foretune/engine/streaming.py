@@ -40,7 +40,7 @@ class _Flat:
     """One flat fp32 partition of DeepSpeed's: elements [0, cut) on the device, [cut, n) in host memory."""
 
     parameter: torch.nn.Parameter  # what DeepSpeed and the optimizer hold; between steps without memory of its own
-    group: dict[str, Any]
+    index: int  # of the optimizer's group, which is another object after a load
     low: torch.Tensor  # 16-bit weights [n], on the device
     cut: int
     near: list[torch.Tensor]  # master weights, exp_avg, exp_avg_sq on the device, [cut] each
@@ -136,7 +136,7 @@ class StreamedStates:
             master[start : start + PIECE].copy_(low[start : start + PIECE].float())
         return _Flat(
             parameter,
-            self._optimizer.param_groups[index],
+            index,
             low,
             cut,
             near=[low[:cut].float()],
@@ -184,7 +184,7 @@ class StreamedStates:
         """Adam's kernel on elements [start, stop) of a partition, and their 16-bit weights."""
         if start == stop:
             return
-        group, gradient = flat.group, flat.parameter.grad
+        group, gradient = self._optimizer.param_groups[flat.index], flat.parameter.grad
         assert gradient is not None
         decoupled = isinstance(self._optimizer, torch.optim.AdamW) or group.get("decoupled_weight_decay", False)
         kernel = torch._fused_adamw_ if decoupled else torch._fused_adam_

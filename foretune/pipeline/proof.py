@@ -125,7 +125,11 @@ def run_maker(
     def make(layout: Layout, out: Path) -> tuple[RunFolder, Plan, Config]:
         plan = {**values.get("plan", {}), "zero_stage": layout.stage, "offload_optimizer": layout.offload}
         train = values["train"] if layout.dropout else {**values["train"], "dropout": 0.0}
-        wanted = parse_config({**values, "plan": plan, "train": train, "method": "lora" if layout.lora else "full"})
+        changes: dict[str, Any] = {"method": "lora" if layout.lora else "full"}
+        if layout.eight_bits:
+            plan, train = plan | {"optimizer_dtype": "8bit"}, train | {"precision": "bf16"}
+            changes["allow_numerics"] = True
+        wanted = parse_config({**values, "plan": plan, "train": train, **changes})
         run = RunFolder(out)
         result = travel(wanted, out=out, nproc=nproc, until="plan")
         assert result.plan is not None

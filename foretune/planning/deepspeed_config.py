@@ -58,7 +58,7 @@ def deepspeed_config(
     if work.precision == "bf16":
         # Immediately: a gradient is added to its fp32 sum and freed as soon as backward has made it.
         config["bf16"] = {"enabled": True, "immediate_grad_update": True}
-        if strategy.bf16_states:
+        if strategy.optimizer_dtype == "bf16":
             config["bf16"] |= {"bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}
     elif work.precision == "fp16":
         # loss_scale 0 is DeepSpeed's word for dynamic loss scaling.

@@ -50,7 +50,7 @@ def rejected_families(
             reason = shortfall(one, cluster)
         elif one.seconds > EQUALLY_FAST * best.seconds:
             reason = f"fits, but takes {one.seconds:.3g} s a step against {best.seconds:.3g}"
-        elif one.strategy.bf16_states:
+        elif one.strategy.optimizer_dtype != "fp32":
             reason = f"as fast ({one.seconds:.3g} s a step), but changes the numerics"
         else:
             reason = f"as fast ({one.seconds:.3g} s a step), but with more machinery"
@@ -80,7 +80,7 @@ def explain_strategy(
         ),
         "offload_optimizer_step": (_stepped_by(config, s), _explain_step(s)),
         "offload_param": (s.offload_param, offloaded if s.offload_param else "the parameters fit on the device"),
-        "optimizer_dtype": ("bf16" if s.bf16_states else "fp32", _explain_states(config, s)),
+        "optimizer_dtype": (s.optimizer_dtype, _explain_states(config, s)),
         "micro_batch_size_per_gpu": (s.micro_batch_size, batch),
         "gradient_accumulation_steps": (s.accumulation_steps, batch),
         "checkpointed_layers": (s.checkpointed_layers, f"activations: {recompute}; {fill}"),
@@ -133,9 +133,12 @@ def _explain_step(s: Strategy) -> str:
 
 
 def _explain_states(config: Config, s: Strategy) -> str:
-    if s.bf16_states:
+    if s.optimizer_dtype == "bf16":
         return "changes numerics (allowed): bf16 master weights round small updates away, and take half the memory"
-    return "exact" if config.allow_numerics else "exact; --allow-numerics would let bf16 be proposed"
+    if s.optimizer_dtype == "8bit":
+        moments = "8-bit moments in blocks of 256, a sixth of the memory"
+        return f"changes numerics (allowed): {moments}; no master weights, bf16 weights are rounded by chance"
+    return "exact" if config.allow_numerics else "exact; --allow-numerics would let 8 bits or bf16 be proposed"
 
 
 def _explain_chunk(work: Workload, s: Strategy) -> str:
@@ -175,7 +178,7 @@ def _explain_sub_group(s: Strategy) -> str:
 def _explain_stage(cluster: Cluster, best: Candidate, candidates: list[Candidate]) -> str:
     """Why not the stage below: it does not fit, or it is slower."""
     lower = [one for one in best_of_families(candidates) if one.strategy.zero_stage < best.strategy.zero_stage]
-    plain = [one for one in lower if not one.strategy.offload_optimizer and not one.strategy.bf16_states]
+    plain = [one for one in lower if not one.strategy.offload_optimizer and one.strategy.optimizer_dtype == "fp32"]
     if not plain:
         return "the lowest stage that is possible here: the least communication"
     below = plain[-1]

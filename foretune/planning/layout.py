@@ -50,7 +50,7 @@ class Layout:
             "offload_optimizer": chosen.offload_optimizer,
             "offload_optimizer_step": "device" if chosen.streamed else "host",
             "offload_param": chosen.offload_param,
-            "optimizer_dtype": "bf16" if chosen.bf16_states else "fp32",
+            "optimizer_dtype": chosen.optimizer_dtype,
             "micro_batch_size_per_gpu": chosen.micro_batch_size,
             "gradient_accumulation_steps": chosen.accumulation_steps,
             "checkpointed_layers": chosen.checkpointed_layers,
@@ -135,7 +135,7 @@ def work_and_strategy(config: Config, plan: Plan, shape: ModelShape) -> tuple[Wo
         loss_chunk_tokens=plan.loss_chunk_tokens,
         reduce_bucket_size=zero.get("reduce_bucket_size", 0),
         sub_group_size=zero.get("sub_group_size", 1),
-        bf16_states=plan.optimizer_dtype == "bf16",
+        optimizer_dtype=plan.optimizer_dtype,
         nvme=plan.swaps_to_nvme,
     )
     work = replace(work, attention=plan.attention, compiled=plan.compile_layers, sums_inside=plan.sum_in_matmul)

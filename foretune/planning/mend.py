@@ -107,7 +107,7 @@ def _shorter_rows(config: Config, work: Workload, cluster: Cluster) -> Iterator[
 def _numerics(config: Config, work: Workload, cluster: Cluster) -> Iterator[str]:
     allowed = config.model_copy(update={"allow_numerics": True})
     if not config.allow_numerics and work.precision == "bf16" and something_fits(allowed, work, cluster):
-        yield "--allow-numerics keeps master weights and optimizer states in bf16, which changes the result"
+        yield "--allow-numerics keeps optimizer states in 8 bits or bf16, which changes the result"
 
 
 def _more_memory(config: Config, work: Workload, cluster: Cluster) -> Iterator[str]:

@@ -57,7 +57,7 @@ def make_plan(
     search.refuse_impossible_pins(config, work, cluster)
     layout = lay_out(config, work, cluster, total_steps=wanted.total_steps)
     work, best, chosen = layout.work, layout.best, layout.best.strategy
-    if chosen.bf16_states:
+    if chosen.optimizer_dtype == "bf16":
         wanted = wanted.with_16_bit_sums()
     saved = host.checkpoint_bytes(work, chosen)
     every = maths.choose_checkpoint_every(config, wanted.total_steps, step_seconds=best.seconds, checkpoint_bytes=saved)

@@ -11,6 +11,7 @@ from foretune.model.shape import ModelShape
 
 Stage = Literal[0, 1, 2, 3]
 Precision = Literal["fp32", "bf16", "fp16"]
+OptimizerDtype = Literal["fp32", "bf16", "8bit"]
 BYTES: dict[str, int] = {"fp32": 4, "bf16": 2, "fp16": 2}
 GIB = 2**30
 
@@ -70,7 +71,7 @@ class Strategy:
     loss_chunk_tokens: int = 2048
     reduce_bucket_size: int = 100_000_000
     sub_group_size: int = 100_000_000
-    bf16_states: bool = False  # master weights and optimizer states in bf16: changes numerics
+    optimizer_dtype: OptimizerDtype = "fp32"  # of states; bf16: of master weights too, 8bit: there are none
     nvme: bool = False  # what is offloaded lies on NVMe, not in host memory
     streamed: bool = False
     mlp_tile_rows: int = 0  # rows of an MLP that exist at a time; 0 is all of them
@@ -80,10 +81,12 @@ class Strategy:
         sizes = buckets_for(work.shape, work.trainable)
         return replace(self, reduce_bucket_size=sizes.reduce, sub_group_size=sizes.sub_group)
 
-    def state_bytes(self, work: Workload) -> int:
+    def state_bytes(self, work: Workload) -> float:
         """Bytes per trained parameter of master weight and optimizer states."""
+        if self.optimizer_dtype == "8bit":  # a byte for each number, and an fp32 scale for each 256 of them
+            return work.optimizer_state_bytes / 4 * (1 + 4 / 256)
         whole = 4 + work.optimizer_state_bytes
-        return whole // 2 if self.bf16_states else whole
+        return whole / 2 if self.optimizer_dtype == "bf16" else whole
 
     @property
     def name(self) -> str:
@@ -94,7 +97,7 @@ class Strategy:
             streamed=self.streamed,
             offload_param=self.offload_param,
             nvme=self.nvme,
-            bf16_states=self.bf16_states,
+            optimizer_dtype=self.optimizer_dtype,
         )
 
 

@@ -36,7 +36,7 @@ _OF_THE_RUN = ("kill_supervisor", "terminate")
 
 @dataclass(frozen=True)
 class Layout:
-    """How the reference trains. `offload` is of the optimizer; `lora` trains adapters.
+    """How the reference trains. `offload` is of the optimizer; `lora` trains adapters; `eight_bits`: Adam's moments.
 
     Dropout is on where equality is to the bit, so that a random state that was not restored shows. Another micro-batch
     draws other masks: where that is the recovery, dropout is off.
@@ -45,6 +45,7 @@ class Layout:
     stage: int
     offload: bool = False
     lora: bool = False
+    eight_bits: bool = False
     dropout: bool = True
 
     @property
@@ -53,6 +54,7 @@ class Layout:
             f"ZeRO-{self.stage}"
             + (" offload" if self.offload else "")
             + (" LoRA" if self.lora else "")
+            + (" 8-bit" if self.eight_bits else "")
             + ("" if self.dropout else " no dropout")
         )
 
@@ -136,17 +138,19 @@ def small_matrix() -> list[Cell]:
         Cell("kill_from_outside", "forward", Layout(1), rank=1, seed=6),
         Cell("kill", "backward", replace(three, lora=True), rank=1),
         Cell("kill", "step", replace(two, offload=True), rank=0),
+        Cell("kill", "step", Layout(1, eight_bits=True), rank=1),
     ]
     # The same layout in a row: its reference and its warm processes are used again.
     return sorted(cells, key=lambda cell: cell.layout.name)
 
 
 def full_matrix() -> list[Cell]:
-    """Every fault and phase at every stage, and the kills again with offload and LoRA."""
+    """Every fault and phase at every stage, and the kills again with offload, LoRA and 8-bit moments."""
     cells: list[Cell] = []
     for stage in range(4):
         layout = Layout(stage)
         cells += [*_kills(layout), *_others(layout), *_of_supervisor(layout)]
-    for layout in (Layout(2, offload=True), Layout(3, offload=True), Layout(2, lora=True), Layout(3, lora=True)):
+    adapted, eight_bits = (Layout(2, lora=True), Layout(3, lora=True)), Layout(1, eight_bits=True)
+    for layout in (Layout(2, offload=True), Layout(3, offload=True), *adapted, eight_bits):
         cells += _kills(layout)
     return cells

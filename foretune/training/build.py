@@ -14,7 +14,7 @@ from foretune.artifacts import write_atomically
 from foretune.checkpoint import layout
 from foretune.checkpoint.snapshot import seed_everything
 from foretune.data import Loader, open_loader
-from foretune.engine import DeepSpeedEngine, Engine, build_optimizer, partitioned_loading
+from foretune.engine import DeepSpeedEngine, EightBits, Engine, build_optimizer, partitioned_loading
 from foretune.errors import MachineFault
 from foretune.events import EventKind
 from foretune.model import loading
@@ -88,6 +88,7 @@ def build_engine(assignment: Assignment, device: torch.device) -> tuple[DeepSpee
         device=device,
         save_frozen=plan.method != "lora",
         streamed_share=plan.offload_optimizer if plan.streams_optimizer else 0.0,
+        eight_bits=EightBits(config.train.seed, compiled=compiling) if plan.optimizer_dtype == "8bit" else None,
     )
     apply_weight_sums(assignment, model, engine)
     if compiling:

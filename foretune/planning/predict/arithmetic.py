@@ -79,7 +79,9 @@ def _step(work: Workload, strategy: Strategy, cluster: Cluster) -> Iterator[Deri
     per_rank = " / N" if over else ""
     kept = f" · {stays:.1f}" if 0 < stays < 1 else ""
     not_offloaded = " · (1 - offloaded)" if kept else ""
+    piece, wide = min(memory.EIGHT_BIT_PIECE, shard), memory.EIGHT_BIT_STEP_BYTES
     choices = [
+        (wide * piece, f"{wide}·piece", f"{wide} · {piece:,}", "what is fp32 of the 8-bit states at a time"),
         (8 * work.trainable, "8·ψt", f"8 · {work.trainable:,}", "gradients in fp32, twice"),
         (8 * vocabulary * h // ranks, "8·V·h" + per_rank, f"8 · {vocabulary:,} · {h}{over}", "fp64 copy for the norm"),
         (8 * min(vocabulary * h, shard), "8·V·h", f"8 · {vocabulary:,} · {h}", "fp64 copy for the norm"),
@@ -106,7 +108,7 @@ def _states(part: str, phase: str, work: Workload, strategy: Strategy, cluster: 
         yield Derivation(part=part, formula=formula, numbers=numbers, value=held, source=ZERO)
         return
     size = strategy.state_bytes(work) if stage or b < 4 else work.optimizer_state_bytes
-    formula, numbers = "s·ψt", f"{size} · {work.trainable:,}"
+    formula, numbers = "s·ψt", f"{size:g} · {work.trainable:,}"
     if stage and ranks > 1:
         formula, numbers = formula + " / N", numbers + f" / {ranks}"
     if 0 < strategy.offload_optimizer < 1:
@@ -224,7 +226,7 @@ def _buffers(phase: str, work: Workload, strategy: Strategy, cluster: Cluster) -
 
     if strategy.streamed:
         slots, size = memory.STREAMED_SLOTS, strategy.state_bytes(work)
-        numbers = f"{slots} · {size} · {persistent // (slots * size):,}"
+        numbers = f"{slots} · {size:g} · {int(persistent / (slots * size)):,}"
         yield line(
             f"{slots}·s·piece", numbers, persistent, "streamed states on their way up, in use, on their way down"
         )

@@ -53,7 +53,7 @@ def _offloaded_optimizer(work: Workload, strategy: Strategy, shard: int, group: 
     if not strategy.offload_optimizer:
         return 0
     if strategy.streamed:
-        return strategy.state_bytes(work) * shard
+        return int(strategy.state_bytes(work) * shard)
     if strategy.zero_stage < 3:
         return offloading_bytes(work, strategy, shard)
     pinned_gradients = shard / group * _power_of_two(4 * group)
@@ -79,12 +79,16 @@ def snapshot_fits(work: Workload, strategy: Strategy, cluster: Cluster) -> bool:
 
 
 def checkpoint_bytes(work: Workload, strategy: Strategy) -> int:
-    """A checkpoint on disk: the trained weights, their master where there is one, and the optimizer's states."""
+    """A checkpoint on disk: the trained weights, their master where there is one, and the optimizer's states.
+
+    In place of a master, where there is none, DeepSpeed writes the weights once more.
+    """
     b = work.parameter_bytes
     if strategy.zero_stage == 0 and b == 4:
         return (4 + work.optimizer_state_bytes) * work.trainable
     weights = 0 if strategy.zero_stage == 3 else b
-    return (weights + strategy.state_bytes(work)) * work.trainable
+    again = b if strategy.optimizer_dtype == "8bit" else 0
+    return int((weights + again + strategy.state_bytes(work)) * work.trainable)
 
 
 def host_budget(cluster: Cluster) -> int:

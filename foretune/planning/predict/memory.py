@@ -13,8 +13,9 @@ with b bytes of a parameter in forward (2 or 4), a of an accumulated gradient, s
 
 On CPUs stage 2 keeps whole gradients, as stage 1 does, and reduces them once a step (`reduced_at_step`).
 Offloading moves master, states and gradients to the host; streamed, it moves master and states alone, and what travels
-has slots on the device. Activations: `activation_bytes_per_token_layer`. A
-checkpointed layer keeps its input only, and recomputes itself in backward, one layer at a time (Chen et al. 2016).
+has slots on the device. In 8 bits a state is a byte and there is no master; a step adds what is fp32 of one piece.
+Activations: `activation_bytes_per_token_layer`. A checkpointed layer keeps its input only, and recomputes itself in
+backward, one layer at a time (Chen et al. 2016).
 """
 
 from __future__ import annotations
@@ -35,6 +36,8 @@ PROCESS_BYTES = int(0.6 * GIB)
 REDUCED_AT_ONCE = 500_000_000
 #: Of streamed states: elements that travel at a time, and places for them on the device (`foretune.engine.streaming`).
 STREAMED_PIECE, STREAMED_SLOTS = 1 << 25, 3
+#: Of 8-bit states: elements that are stepped at a time, and their bytes in fp32 (`foretune.engine.eight_bits`).
+EIGHT_BIT_PIECE, EIGHT_BIT_STEP_BYTES = 1 << 24, 48
 #: What malloc keeps of freed blocks on a CPU beside gradients, which are counted whole: SmolLM2-135M, two ranks, took
 #: 3.26 GiB at ZeRO-2 (rows of 384) and 3.39 at ZeRO-1 (rows of 512), 3 % and 0.5 % more than all parts.
 MALLOC_SHARE = 0.02
@@ -137,12 +140,12 @@ def standing_bytes(work: Workload, strategy: Strategy, cluster: Cluster) -> int:
         strategy = replace(strategy, offload_optimizer=0.0, streamed=False)
     shard = shard_of(work, strategy, cluster)
     here = replace(strategy, offload_param=False)
-    held = work.parameter_bytes * held_parameters(work, here, cluster) + _state_bytes(work, strategy) * shard
+    held = work.parameter_bytes * held_parameters(work, here, cluster) + int(_state_bytes(work, strategy) * shard)
     whole = reduced_at_step(work, strategy, cluster)
     gradients, _ = _gradient_bytes(work, strategy, shard, 1.0, whole=whole)
     standing = _gradients_in_forward(work, replace(strategy, accumulation_steps=1), gradients, whole=whole)
     if strategy.offload_optimizer:
-        standing = offloading_bytes(work, strategy, shard) - strategy.state_bytes(work) * shard
+        standing = offloading_bytes(work, strategy, shard) - int(strategy.state_bytes(work) * shard)
     return held + standing + buffer_bytes(work, here, cluster)[0]
 
 
@@ -154,8 +157,8 @@ def offloading_bytes(work: Workload, strategy: Strategy, shard: int) -> int:
     """
     b, states = work.parameter_bytes, strategy.state_bytes(work)
     if strategy.zero_stage < 3:
-        return (states + 4 + b) * shard + b * widest_of(work)
-    return (states + 4 + work.gradient_bytes) * shard
+        return int((states + 4 + b) * shard) + b * widest_of(work)
+    return int((states + 4 + work.gradient_bytes) * shard)
 
 
 def widest_of(work: Workload) -> int:
@@ -166,7 +169,7 @@ def widest_of(work: Workload) -> int:
     return work.lora_rank * max(max(linear.inputs, linear.outputs) for linear in shape.linears)
 
 
-def _state_bytes(work: Workload, strategy: Strategy) -> int:
+def _state_bytes(work: Workload, strategy: Strategy) -> float:
     if strategy.zero_stage == 0 and work.parameter_bytes == 4:
         return work.optimizer_state_bytes  # fp32 weights are their own master
     return strategy.state_bytes(work)
@@ -183,7 +186,7 @@ def sums_apart(work: Workload, strategy: Strategy) -> bool:
     """
     different = work.precision == "bf16" and work.accumulation_dtype == "fp32"
     by_deepspeed = strategy.offload_optimizer and not strategy.streamed
-    return strategy.zero_stage == 1 and different and not by_deepspeed and not strategy.bf16_states
+    return strategy.zero_stage == 1 and different and not by_deepspeed and strategy.optimizer_dtype != "bf16"
 
 
 def sums_inside(work: Workload, strategy: Strategy) -> bool:
@@ -214,7 +217,7 @@ def buffer_bytes(work: Workload, strategy: Strategy, cluster: Cluster) -> tuple[
     ranks = cluster.world_size
     if strategy.streamed:
         moved = ceil(strategy.offload_optimizer * work.trainable / ranks)
-        return STREAMED_SLOTS * strategy.state_bytes(work) * min(STREAMED_PIECE, moved), 0
+        return int(STREAMED_SLOTS * strategy.state_bytes(work) * min(STREAMED_PIECE, moved)), 0
     if strategy.zero_stage == 0 or sums_apart(work, strategy) or reduced_at_step(work, strategy, cluster):
         return 0, 0
     b, bucket, alone = work.parameter_bytes, strategy.reduce_bucket_size, ranks == 1
@@ -319,8 +322,10 @@ def step_bytes(work: Workload, strategy: Strategy, cluster: Cluster) -> int:
     widest = work.shape.vocab_size * work.shape.hidden_size if not work.lora_rank else 0
     if stage == 0:
         return 0 if b == 4 else 8 * work.trainable
-    if strategy.bf16_states:
+    if strategy.optimizer_dtype == "bf16":
         return 2 * shard
+    if strategy.optimizer_dtype == "8bit":
+        return EIGHT_BIT_STEP_BYTES * min(EIGHT_BIT_PIECE, shard)
     if stage == 3:
         tile = min(shard, strategy.sub_group_size)
         fp32_gradients = int(4 * shard * stays) if strategy.offload_optimizer else 4 * tile

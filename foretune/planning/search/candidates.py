@@ -15,6 +15,8 @@ from foretune.planning.strategy import Strategy, Workload
 
 #: Candidates this near to the fastest count as equally fast.
 EQUALLY_FAST = 1.02
+#: Formats of the optimizer's states by what they keep: bf16 masters round small updates away, 8 bits do not.
+_EXACT_FIRST = ("fp32", "8bit", "bf16")
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,8 @@ class Candidate:
 
 def work_for(work: Workload, strategy: Strategy) -> Workload:
     """The work as a strategy does it: a bf16 master is stepped with gradients that are summed in bf16."""
-    return replace(work, accumulation_dtype=work.precision) if strategy.bf16_states else work
+    bf16_masters = strategy.optimizer_dtype == "bf16"
+    return replace(work, accumulation_dtype=work.precision) if bf16_masters else work
 
 
 def evaluate(work: Workload, strategy: Strategy, cluster: Cluster) -> Candidate:
@@ -66,7 +69,7 @@ def fastest(candidates: list[Candidate]) -> Candidate | None:
         (candidate for candidate in fitting if candidate.seconds <= EQUALLY_FAST * least),
         key=lambda one: (
             one.strategy.nvme,
-            one.strategy.bf16_states,
+            _EXACT_FIRST.index(one.strategy.optimizer_dtype),
             one.strategy.offload_param,
             one.strategy.offload_optimizer > 0 and not one.strategy.streamed,
             one.strategy.offload_optimizer,
@@ -79,15 +82,15 @@ def fastest(candidates: list[Candidate]) -> Candidate | None:
     )
 
 
-def family_of(one: Candidate) -> tuple[int, bool, bool, bool, bool, bool]:
+def family_of(one: Candidate) -> tuple[int, bool, bool, bool, bool, str]:
     """Stage, what is offloaded and where to, the optimizer's format: what people call a configuration."""
     s = one.strategy
-    return s.zero_stage, s.offload_optimizer > 0, s.streamed, s.offload_param, s.nvme, s.bf16_states
+    return s.zero_stage, s.offload_optimizer > 0, s.streamed, s.offload_param, s.nvme, s.optimizer_dtype
 
 
 def best_of_families(candidates: list[Candidate]) -> list[Candidate]:
     """The best of each family: the fastest that fits, else the one nearest to fitting."""
-    families: dict[tuple[bool | int, ...], list[Candidate]] = {}
+    families: dict[tuple[bool | int | str, ...], list[Candidate]] = {}
     for one in candidates:
         families.setdefault(family_of(one), []).append(one)
     return [

@@ -51,15 +51,18 @@ def refuse_impossible_pins(config: Config, work: Workload, cluster: Cluster) -> 
         raise UserError("plan.mlp_tile_rows", plan.mlp_tile_rows, obstacle, "use auto or 0")
     if plan.nvme_path is not None and on_cpu:
         raise UserError("plan.nvme_path", plan.nvme_path, "DeepSpeed swaps a GPU's states only", "remove the key")
+    if plan.optimizer_dtype not in ("auto", "fp32") and not config.allow_numerics:
+        problem, mend = "changes the numerics of training", "add --allow-numerics, or use fp32"
+        raise UserError("plan.optimizer_dtype", plan.optimizer_dtype, problem, mend)
     if plan.optimizer_dtype == "bf16":
         _refuse_bf16_states(config, work, share)
+    if plan.optimizer_dtype == "8bit" and (obstacle := eight_bits_obstacle(config, work)):
+        raise UserError("plan.optimizer_dtype", "8bit", obstacle, "use auto or fp32, or change that")
 
 
 def _refuse_bf16_states(config: Config, work: Workload, share: float | None) -> None:
     """What bf16 masters need (DeepSpeed 0.19.8: runtime/config.py, base_optimizer.py): bf16, a stage, no CPUAdam."""
     plan, field = config.plan, "plan.optimizer_dtype"
-    if not config.allow_numerics:
-        raise UserError(field, "bf16", "changes the numerics of training", "add --allow-numerics, or use fp32")
     if work.precision != "bf16":
         raise UserError(field, "bf16", f"the model trains in {work.precision}", "use fp32, or train.precision bf16")
     if plan.zero_stage == 0:
@@ -68,6 +71,24 @@ def _refuse_bf16_states(config: Config, work: Workload, share: float | None) -> 
         raise UserError(field, "bf16", "offloaded states are fp32 here", "set plan.offload_optimizer to false")
     if plan.gradient_accumulation_dtype == "fp32":
         raise UserError(field, "bf16", "a bf16 master is stepped with bf16 gradients", "do not pin the sums to fp32")
+
+
+def eight_bits_obstacle(config: Config, work: Workload) -> str | None:
+    """Why Adam cannot have 8-bit moments and no master weights (`foretune.engine.eight_bits`); None if it can."""
+    plan = config.plan
+    if not config.allow_numerics:
+        return "it changes the numerics of training"
+    if work.lora_rank:
+        return "the states of adapters are small"
+    if work.precision != "bf16" or work.accumulation_dtype != "fp32":
+        return f"it takes bf16 weights and fp32 sums, not {work.precision} and {work.accumulation_dtype}"
+    if config.train.optimizer == "sgd":
+        return "it is written for Adam"
+    if plan.zero_stage not in ("auto", 1):
+        return f"it is written for ZeRO-1, and plan.zero_stage is {plan.zero_stage}"
+    if pinned_share(config) or plan.offload_param is True:
+        return "what is offloaded is fp32"
+    return None
 
 
 def streaming_obstacle(config: Config, work: Workload, cluster: Cluster) -> str | None:
@@ -85,7 +106,7 @@ def streaming_obstacle(config: Config, work: Workload, cluster: Cluster) -> str 
         return "it is written for Adam"
     if plan.zero_stage not in ("auto", 1):
         return f"it is written for ZeRO-1, and plan.zero_stage is {plan.zero_stage}"
-    if plan.optimizer_dtype == "bf16":
+    if plan.optimizer_dtype not in ("auto", "fp32"):
         return "its states are fp32"
     if plan.offload_param is True:
         return "parameters are offloaded at ZeRO-3 only"

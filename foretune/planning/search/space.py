@@ -18,7 +18,7 @@ from foretune.config import Config
 from foretune.errors import UserError
 from foretune.planning.predict import host, memory
 from foretune.planning.search.candidates import work_for
-from foretune.planning.search.pins import pinned_share, streaming_obstacle, tiling_obstacle
+from foretune.planning.search.pins import eight_bits_obstacle, pinned_share, streaming_obstacle, tiling_obstacle
 from foretune.planning.strategy import Stage, Strategy, Workload
 
 #: Tokens of one micro-batch on a CPU beyond which nothing gets faster and only memory is spent.
@@ -135,9 +135,11 @@ def _layouts(config: Config, work: Workload, cluster: Cluster) -> Iterator[Strat
             continue
         if stage == 0 and work.accumulation_dtype != work.precision:
             continue  # DeepSpeed has no ZeRO-0 with 16-bit weights and fp32 accumulation
-        if plan.optimizer_dtype != "fp32" and _may_have_bf16_states(config, work, stage):
-            yield replace(base, zero_stage=stage, bf16_states=True)
-        if plan.optimizer_dtype == "bf16":
+        if plan.optimizer_dtype in ("auto", "bf16") and _may_have_bf16_states(config, work, stage):
+            yield replace(base, zero_stage=stage, optimizer_dtype="bf16")
+        if plan.optimizer_dtype in ("auto", "8bit") and stage == 1 and not eight_bits_obstacle(config, work):
+            yield replace(base, zero_stage=stage, optimizer_dtype="8bit")
+        if plan.optimizer_dtype not in ("auto", "fp32"):
             continue
         for share in _streamed(config, work, cluster, stage):
             yield replace(base, zero_stage=stage, offload_optimizer=share, streamed=True)

@@ -24,8 +24,9 @@ def confirmed(hardware: str, **values: Any) -> DryRun:
         ("8x8xA100-80GB", {"plan": {"zero_stage": 3}}),
         ("1xH100", {"plan": {"offload_optimizer": 0.5, "offload_optimizer_step": "device"}}),
         ("1xH100", {"allow_numerics": True, "plan": {"fp8": True}}),
+        ("2xH100", {"allow_numerics": True, "plan": {"optimizer_dtype": "8bit"}}),
     ],
-    ids=["zero1-8", "zero3-64", "streamed", "fp8"],
+    ids=["zero1-8", "zero3-64", "streamed", "fp8", "8bit"],
 )
 def test_states_agree(hardware: str, values: dict[str, Any]) -> None:
     found = confirmed(hardware, **values)

@@ -118,7 +118,8 @@ def test_quantised_weights_are_refused_with_the_reason(config_of: MakeConfig, tm
 
 def test_bf16_states_are_proposed_only_when_allowed_and_said(config_of: MakeConfig) -> None:
     config = config_of(train={"max_length": 4096})
-    plan = plan_of(config.model_copy(update={"allow_numerics": True}), "1xH200,ram=64GB")
+    asked = config_of(train={"max_length": 4096}, plan={"optimizer_dtype": "bf16"}, allow_numerics=True)
+    plan = plan_of(asked, "1xH200,ram=64GB")
     assert plan.optimizer_dtype == "bf16"
     assert "changes numerics" in decision(plan, "plan.optimizer_dtype").reason
     assert plan.gradient_accumulation_dtype == "bf16"
@@ -522,6 +523,7 @@ def _seconds(config: Config, hardware: str, model: str) -> float:
             "ZeRO-3 + optimizer in NVMe + parameters in NVMe",
         ),
         ({"zero_stage": 2, "optimizer_dtype": "bf16"}, "2xH100", "ZeRO-2 + bf16 optimizer"),
+        ({"optimizer_dtype": "8bit"}, "2xH100", "ZeRO-1 + 8-bit optimizer"),
     ],
 )
 def test_a_plan_has_the_name_of_its_strategy(
