@@ -215,6 +215,11 @@ class Alternative(Artifact):
     prediction: Prediction | None = None
 
 
+def layout_name(world_size: int, zero_stage: int) -> str:
+    """``2 ranks at ZeRO-3``."""
+    return f"{world_size} rank{'s' if world_size != 1 else ''} at ZeRO-{zero_stage}"
+
+
 def strategy_name(
     zero_stage: int, *, offload_optimizer: float, streamed: bool, offload_param: bool, nvme: bool, optimizer_dtype: str
 ) -> str:
@@ -317,6 +322,11 @@ class Checkpoint(Artifact):
     train_state: dict[str, Any]
     files: dict[str, RankFile]  # relative path → hash and size
     held_out_loss: float | None = None  # nats per target token; with checkpoint.keep_best only
+
+    @property
+    def layout(self) -> str:
+        """What the engine's files are cut for, for people: `layout_name`."""
+        return layout_name(self.world_size, self.zero_stage)
 
 
 class LossEstimate(Artifact):

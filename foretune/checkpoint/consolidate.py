@@ -87,7 +87,7 @@ def stored_weights(checkpoint: Path, *, verified: Checkpoint | None = None) -> l
         optimizer_states = [checkpoint / name for name in files if name.endswith("_optim_states.pt")]
         found = _sharded(checkpoint, model_states, optimizer_states, world_size=manifest.world_size)
     else:
-        found = _whole(_load(model_states[0]))
+        found = _whole(load_mapped(model_states[0]))
     if manifest.method == "lora":
         found = [weight for weight in found if any(mark in weight.name for mark in _ADAPTER_MARKS)]
     empty = [weight.name for weight in found if math.prod(weight.shape) == 0]
@@ -97,8 +97,11 @@ def stored_weights(checkpoint: Path, *, verified: Checkpoint | None = None) -> l
     return found
 
 
-def _load(file: Path) -> dict[str, Any]:
-    # A pickle: its hash has been compared with the manifest's. Mapped: tensors are paged in when they are touched.
+def load_mapped(file: Path) -> dict[str, Any]:
+    """One of DeepSpeed's files. A pickle: its hash has been compared with the manifest's.
+
+    Mapped: tensors are paged in when they are touched.
+    """
     state: dict[str, Any] = torch.load(file, map_location="cpu", mmap=True, weights_only=False)
     return state
 
@@ -129,8 +132,8 @@ def _sharded(
             f"{checkpoint.name}: {world_size} ranks saved it, but it holds {len(model_states)} model states and "
             f"{len(optimizer_states)} optimizer states"
         )
-    models = [_load(file) for file in model_states]
-    masters = [_load(file)[OPTIMIZER_STATE_DICT][FP32_FLAT_GROUPS] for file in optimizer_states]
+    models = [load_mapped(file) for file in model_states]
+    masters = [load_mapped(file)[OPTIMIZER_STATE_DICT][FP32_FLAT_GROUPS] for file in optimizer_states]
     buffers = [(name, models[0]["module"][name]) for name in models[0][BUFFER_NAMES]]
     found = {name: _stored(name, tensor) for name, tensor in buffers}
     found |= {weight.name: weight for weight in _frozen(models)}

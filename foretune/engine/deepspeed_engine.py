@@ -15,19 +15,22 @@ import torch
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from deepspeed.runtime.zero import GatheredParameters
 
+from foretune.artifacts import Checkpoint, layout_name
 from foretune.checkpoint import layout
 from foretune.checkpoint.snapshot import StateWriter
+from foretune.checkpoint.whole_states import whole_states
 from foretune.engine.communication import CommunicationClock, gather_in_place
 from foretune.engine.eight_bits import EightBits, EightBitStates
 from foretune.engine.masters import WithoutMasters, can_do_without
 from foretune.engine.partial_offload import PartialOffload
 from foretune.engine.protocol import StepResult
 from foretune.engine.reduction import ReductionAtStep
+from foretune.engine.relayout import load_whole
 from foretune.engine.saves import redirected_saves
 from foretune.engine.shortcuts import apply_shortcuts
 from foretune.engine.streaming import StreamedStates
 from foretune.engine.sums import WideSums
-from foretune.errors import MachineFault
+from foretune.errors import MachineFault, UserError
 from foretune.model.weight_sums import GradientSum
 
 #: DeepSpeed keeps a checkpoint in a folder named by a tag; ours is always this one.
@@ -62,6 +65,7 @@ class DeepSpeedEngine:
         streamed_share: float = 0.0,
         eight_bits: EightBits | None = None,
     ) -> None:
+        self._groups = [list(group["params"]) for group in optimizer.param_groups]  # DeepSpeed puts its own there
         without_masters = WithoutMasters() if streamed_share or eight_bits else None
         with translated_errors(), without_masters or nullcontext():
             self._engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=deepspeed_config)
@@ -156,7 +160,12 @@ class DeepSpeedEngine:
         if self._states_apart is not None:
             write(layout.device_states_file(self.rank), self._states_apart.state_dict())
 
-    def load(self, folder: Path) -> None:
+    def load(self, folder: Path, manifest: Checkpoint | None = None) -> None:
+        if manifest is not None:
+            self._refuse_other_states(manifest)
+            if (manifest.world_size, manifest.zero_stage) != (self.world_size, self.zero_stage):
+                self._load_other_layout(folder, manifest)
+                return
         with translated_errors(), self._whole_partitions():
             path, _ = self._engine.load_checkpoint(
                 str(folder),
@@ -170,6 +179,23 @@ class DeepSpeedEngine:
             self._states_apart.load_state_dict(
                 torch.load(folder / layout.device_states_file(self.rank), map_location="cpu", weights_only=False)
             )
+
+    def _load_other_layout(self, folder: Path, manifest: Checkpoint) -> None:
+        names = {parameter: name for name, parameter in self.module.named_parameters() if parameter.requires_grad}
+        groups = [[names[parameter] for parameter in group] for group in self._groups]
+        whole = whole_states(folder, manifest, groups=groups)
+        with translated_errors(), self._whole_partitions():
+            load_whole(self._engine.optimizer, names, whole, stage=self.zero_stage)
+
+    def _refuse_other_states(self, manifest: Checkpoint) -> None:
+        """States in a file of ours (8 bits, a partial offload) are read by an engine of the same layout alone."""
+        theirs, ours = layout.device_states_file(0) in manifest.files, self._states_apart is not None
+        same_layout = (manifest.world_size, manifest.zero_stage) == (self.world_size, self.zero_stage)
+        if theirs != ours or (ours and not same_layout):
+            which = "8 bits, or offloaded in part" if theirs else "fp32 or bf16, and not offloaded in part"
+            problem = f"the checkpoints are of {manifest.layout}, with optimizer states in {which}"
+            mend = "go on with the command that began this run, or give another --out"
+            raise UserError("plan", layout_name(self.world_size, self.zero_stage), problem, mend)
 
     @contextmanager
     def whole_parameters(self, parameters: list[torch.nn.Parameter]) -> Iterator[None]:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from foretune.artifacts import Checkpoint
 from foretune.checkpoint.snapshot import StateWriter
 from foretune.engine.protocol import StepResult
 
@@ -56,7 +57,7 @@ class FakeEngine:
     def save(self, write: StateWriter) -> None:
         write("fake.pt", {"module": self.module.state_dict(), "optimizer": self._optimizer.state_dict()})
 
-    def load(self, folder: Path) -> None:
+    def load(self, folder: Path, manifest: Checkpoint | None = None) -> None:
         state = torch.load(folder / "fake.pt", weights_only=True)
         self.module.load_state_dict(state["module"])
         self._optimizer.load_state_dict(state["optimizer"])

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import torch
 
+from foretune.artifacts import Checkpoint
 from foretune.checkpoint.snapshot import StateWriter
 
 
@@ -66,6 +67,13 @@ class Engine(Protocol):
         """Hand this rank's share of weights and optimizer states to `write`, file by file. Called by every rank."""
         ...
 
-    def load(self, folder: Path) -> None:
-        """Read what `save` gave, with the same world size. The caller has verified the files (they are pickles)."""
+    def load(self, folder: Path, manifest: Checkpoint | None = None) -> None:
+        """Read what `save` gave. The caller has verified the files (they are pickles).
+
+        Args:
+            manifest: of the checkpoint, which may be of another number of ranks or another stage; None: of this one.
+
+        Raises:
+            UserError: its optimizer states are of a kind that only an engine of the same layout reads.
+        """
         ...

@@ -46,10 +46,8 @@ A = TypeVar("A", PreparedDataset, Plan, Checkpoint, EvaluationReport)
 #: Called with every event that is written to the journal.
 EventSink = Callable[[Mapping[str, Any]], None]
 
-#: What a checkpoint can't be carried over: the engine's files are cut for it, or the mathematics would change midway.
+#: What a checkpoint can't be carried over: the mathematics would change midway. (Ranks and stage may be others.)
 _TIED = (
-    "zero_stage",
-    "world_size",
     "precision",
     "method",
     "global_batch_size",
@@ -305,13 +303,16 @@ class _Road:
         yield done
 
     def _plan_on_disk(self, model: Path, cluster: Any) -> Plan | None:
-        """The plan this run already has, if nothing that it was made from has changed.
+        """The plan this run already has, if nothing that it was made from has changed, or its training is complete.
 
         The memory that happens to be free is not compared: a run that began with a plan ends with it.
         """
         plan = _read(Plan, self.run.path)
         if plan is None or not (self.same_wishes and self.data_reused):
             return None
+        newest = self._newest_manifest()
+        if newest is not None and newest.step >= plan.total_steps:
+            return plan
         same_place = (plan.cluster.world_size, plan.cluster.accelerator.name) == (
             cluster.world_size,
             cluster.accelerator.name,
@@ -338,7 +339,7 @@ class _Road:
         if changed:
             key = changed[0]
             raise UserError(
-                "--nproc" if key == "world_size" else f"plan.{key}",
+                f"plan.{key}",
                 getattr(plan, key),
                 f"the checkpoints in {self.run.path} were made with {getattr(before, key)}",
                 "give another --out, or go on with the command that began this run",

@@ -57,8 +57,8 @@ def relative_difference(checkpoint: Path, reference: Path, start: Path) -> float
     begin = dict(iterate_weights(start))
     expected = dict(iterate_weights(reference))
     for name, tensor in iterate_weights(checkpoint):
-        difference += float((tensor.double() - expected[name].double()).square().sum())
-        change += float((expected[name].double() - begin[name].double()).square().sum())
+        difference += float((tensor.double() - expected[name].double()).detach().square().sum())
+        change += float((expected[name].double() - begin[name].double()).detach().square().sum())
     return math.sqrt(difference / change) if change else math.inf
 
 

@@ -7,14 +7,17 @@ from pathlib import Path
 
 import torch
 
-from foretune.artifacts import Checkpoint
+from foretune.artifacts import Checkpoint, layout_name
 from foretune.checkpoint import layout, store
-from foretune.checkpoint.snapshot import load_random_state
+from foretune.checkpoint.snapshot import load_random_state, seed_everything
 from foretune.engine import Engine
 from foretune.errors import UserError
 from foretune.events import EventKind
 from foretune.training.assignment import Assignment
 from foretune.training.state import TrainState
+
+#: Between the seeds of two restarts: more than there are ranks.
+_SEEDS_APART = 1_000_003
 
 
 class NewestCheckpoint:
@@ -44,7 +47,7 @@ def resume(assignment: Assignment, engine: Engine, newest: NewestCheckpoint) -> 
     """The state to go on from and the name of the checkpoint it came from (None: from the beginning).
 
     Raises:
-        UserError: the checkpoints are of other data, or of another layout of ranks.
+        UserError: the checkpoints are of other data or numbers, or their optimizer states fit their own layout only.
     """
     state = TrainState()
     folder = newest.agreed()
@@ -52,10 +55,18 @@ def resume(assignment: Assignment, engine: Engine, newest: NewestCheckpoint) -> 
         return state, None
     manifest = Checkpoint.read(folder / layout.MANIFEST)
     _check_same_run(manifest, assignment)
-    engine.load(folder)
-    if not assignment.faults.is_broken("random_state"):
-        load_random_state(folder / layout.rank_file(assignment.rank.rank))
+    engine.load(folder, manifest)
     state.load_state_dict(manifest.train_state)
+    rank, plan = assignment.rank, assignment.plan
+    if manifest.world_size != rank.world_size:
+        # These ranks have no states of their own there; to begin anew would draw the first steps' numbers again.
+        seed_everything(assignment.config.train.seed + rank.rank + _SEEDS_APART * (1 + state.step))
+    elif not assignment.faults.is_broken("random_state"):
+        load_random_state(folder / layout.rank_file(rank.rank))
+    if (manifest.world_size, manifest.zero_stage) != (rank.world_size, plan.zero_stage):
+        now = layout_name(rank.world_size, plan.zero_stage)
+        what = "same data, same global batch, equal within rounding"
+        assignment.tell(EventKind.NOTE, message=f"{folder.name} is of {manifest.layout}; now {now}: {what}")
     return state, folder.name
 
 
@@ -70,8 +81,6 @@ def _check_same_run(manifest: Checkpoint, assignment: Assignment) -> None:
             "give another --out, or delete the checkpoints",
         )
     wanted = {
-        "--nproc": (manifest.world_size, assignment.rank.world_size),
-        "plan.zero_stage": (manifest.zero_stage, plan.zero_stage),
         "train.precision": (manifest.precision, plan.precision),
         "method": (manifest.method, plan.method),
     }

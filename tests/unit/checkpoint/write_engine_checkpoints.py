@@ -37,6 +37,7 @@ class Case:
     accumulate_in_fp32: bool = False
 
 
+DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
 SHARDED = {"stage3_param_persistence_threshold": 0, "sub_group_size": 3000}
 CASES = {
@@ -91,28 +92,18 @@ def deepspeed_config(case: Case) -> dict[str, Any]:
     return config
 
 
-def write_case(name: str, folder: Path, device: Any) -> None:
+def build_engine(case: Case, base: Path, device: Any) -> tuple[Any, Any]:
+    """(engine, model) of a case over the weights in `base`."""
     import torch
     from transformers import AutoModelForCausalLM
 
-    from foretune.checkpoint import layout
-    from foretune.checkpoint.snapshot import FolderWriter
     from foretune.config.schema import LoraConfig, TrainConfig
     from foretune.engine import DeepSpeedEngine, build_optimizer, partitioned_loading
-    from foretune.model.adapters import add_adapters, save_adapter_config
+    from foretune.model.adapters import add_adapters
 
-    case = CASES[name]
-    rank = torch.distributed.get_rank()
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[case.precision]
-    if rank == 0:
-        torch.manual_seed(11)
-        AutoModelForCausalLM.from_config(model_config(case), dtype=dtype).save_pretrained(folder / "base")
-        for file in ("tokenizer.json", "tokenizer_config.json"):
-            shutil.copy2(STORIES / file, folder / "base" / file)
-    torch.distributed.barrier()
     config = deepspeed_config(case)
     with partitioned_loading(config):
-        model = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=dtype)
+        model = AutoModelForCausalLM.from_pretrained(base, dtype=getattr(torch, DTYPES[case.precision]))
         if case.method == "lora":
             model = add_adapters(model, LoraConfig(r=3, alpha=6.0), seed=5)
     for parameter_name, parameter in model.named_parameters():
@@ -121,6 +112,27 @@ def write_case(name: str, folder: Path, device: Any) -> None:
     train = TrainConfig(optimizer="adamw", weight_decay=case.weight_decay)
     optimizer = build_optimizer(model.parameters(), train, learning_rate=1e-2)
     engine = DeepSpeedEngine(model, optimizer, config, device=device, save_frozen=case.method == "full")
+    return engine, model
+
+
+def write_case(name: str, folder: Path, device: Any) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from foretune.checkpoint import layout
+    from foretune.checkpoint.snapshot import FolderWriter
+    from foretune.model.adapters import save_adapter_config
+
+    case = CASES[name]
+    rank = torch.distributed.get_rank()
+    if rank == 0:
+        torch.manual_seed(11)
+        dtype = getattr(torch, DTYPES[case.precision])
+        AutoModelForCausalLM.from_config(model_config(case), dtype=dtype).save_pretrained(folder / "base")
+        for file in ("tokenizer.json", "tokenizer_config.json"):
+            shutil.copy2(STORIES / file, folder / "base" / file)
+    torch.distributed.barrier()
+    engine, model = build_engine(case, folder / "base", device)
     generator = torch.Generator().manual_seed(rank)
     for _ in range(2):
         rows = torch.randint(3, VOCABULARY, (2, 16), generator=generator)
@@ -136,7 +148,7 @@ def write_case(name: str, folder: Path, device: Any) -> None:
     if rank == 0:
         write_manifest(case, partial)
     torch.distributed.barrier()
-    del engine, model, optimizer
+    del engine, model
     gc.collect()
 
 
