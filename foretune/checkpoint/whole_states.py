@@ -46,8 +46,12 @@ class WholeStates:
     """
 
     tensors: Mapping[str, Mapping[str, Callable[[], torch.Tensor]]]
-    numbers: dict[str, torch.Tensor] = field(default_factory=dict)
+    numbers: Mapping[str, torch.Tensor] = field(default_factory=dict)
     loss_scale: float | None = None
+
+    def own_numbers(self) -> dict[str, torch.Tensor]:
+        """`numbers` for one parameter or flat tensor: a kernel counts each up by itself."""
+        return {key: value.clone() for key, value in self.numbers.items()}
 
     @property
     def names(self) -> list[str]:

@@ -60,7 +60,7 @@ def _into_stage_0(zero: Any, names: dict[torch.nn.Parameter, str], whole: WholeS
     by_group = zero.fp16_groups if in_16_bits else [group["params"] for group in zero.param_groups]
     parameters = [parameter for group in by_group for parameter in group]
     states = {
-        number: {key: whole.tensors[names[p]][key]().view(p.shape) for key in whole.names} | whole.numbers
+        number: {key: whole.tensors[names[p]][key]().view(p.shape) for key in whole.names} | whole.own_numbers()
         for number, p in enumerate(parameters)
     }
     if in_16_bits:
@@ -83,7 +83,7 @@ def _into_partitions(zero: Any, names: dict[torch.nn.Parameter, str], whole: Who
         length = max([flat.numel(), *(piece.offset + piece.numel for piece in pieces)])
         masters.append(_filled(pieces, whole, MASTER, length))
         padded = zero.optimizer.param_groups[number]["params"][0].numel()
-        states[number] = {key: _filled(pieces, whole, key, padded) for key in whole.names} | whole.numbers
+        states[number] = {key: _filled(pieces, whole, key, padded) for key in whole.names} | whole.own_numbers()
     form[SINGLE_PARTITION_OF_FP32_GROUPS] = masters
     form[BASE_OPTIMIZER_STATE] |= {"state": states}
     ranks = torch.distributed.get_world_size()
@@ -105,7 +105,7 @@ def _into_stage_3(zero: Any, names: dict[torch.nn.Parameter, str], whole: WholeS
     for number, (group, flat) in enumerate(zip(zero.fp16_groups, zero.fp32_partitioned_groups_flat, strict=True)):
         pieces = [_piece_of_shard(zero, parameter, names) for parameter in group]
         masters.append(_filled(pieces, whole, MASTER, flat.numel()))
-        states[number] = {key: _filled(pieces, whole, key, flat.numel()) for key in whole.names} | whole.numbers
+        states[number] = {key: _filled(pieces, whole, key, flat.numel()) for key in whole.names} | whole.own_numbers()
     form[FP32_FLAT_GROUPS] = masters
     form[OPTIMIZER_STATE_DICT] |= {"state": states}
     zero.load_state_dict([form] * torch.distributed.get_world_size())

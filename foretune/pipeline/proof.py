@@ -131,7 +131,7 @@ def run_maker(
             changes["allow_numerics"] = True
         wanted = parse_config({**values, "plan": plan, "train": train, **changes})
         run = RunFolder(out)
-        result = travel(wanted, out=out, nproc=nproc, until="plan")
+        result = travel(wanted, out=out, nproc=layout.ranks or nproc, until="plan")
         assert result.plan is not None
         return run, result.plan, wanted
 

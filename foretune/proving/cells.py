@@ -37,6 +37,7 @@ _OF_THE_RUN = ("kill_supervisor", "terminate")
 @dataclass(frozen=True)
 class Layout:
     """How the reference trains. `offload` is of the optimizer; `lora` trains adapters; `eight_bits`: Adam's moments.
+    `ranks`: 0 is as many as the proof has.
 
     Dropout is on where equality is to the bit, so that a random state that was not restored shows. Another micro-batch
     draws other masks: where that is the recovery, dropout is off.
@@ -46,12 +47,14 @@ class Layout:
     offload: bool = False
     lora: bool = False
     eight_bits: bool = False
+    ranks: int = 0
     dropout: bool = True
 
     @property
     def name(self) -> str:
         return (
-            f"ZeRO-{self.stage}"
+            (f"{self.ranks} rank{'s' if self.ranks > 1 else ''} at " if self.ranks else "")
+            + f"ZeRO-{self.stage}"
             + (" offload" if self.offload else "")
             + (" LoRA" if self.lora else "")
             + (" 8-bit" if self.eight_bits else "")
@@ -61,7 +64,10 @@ class Layout:
 
 @dataclass(frozen=True)
 class Cell:
-    """One fault in one phase at one layout. `seed` decides the moment where that is random."""
+    """One fault in one phase at one layout. `seed` decides the moment where that is random.
+
+    `then`: the layout that goes on after a preemption, if it is another.
+    """
 
     fault: FaultName
     phase: Point
@@ -70,11 +76,13 @@ class Cell:
     step: int = FAULT_STEP
     expects: Expectation = "equal"
     seed: int = 0
+    then: Layout | None = None
 
     @property
     def name(self) -> str:
         victim = f" rank {self.rank}" if self.rank >= 0 and self.fault not in _OF_THE_RUN else ""
-        return f"{self.layout.name}: {self.fault}{victim} in {self.phase}"
+        after = "" if self.then is None else f", then {self.then.name}"
+        return f"{self.layout.name}: {self.fault}{victim} in {self.phase}{after}"
 
 
 _WINDOW: Expectation = "equal_to_reference_without_that_window"
@@ -125,6 +133,12 @@ def _of_supervisor(layout: Layout) -> list[Cell]:
     ]
 
 
+def _relaid(stage: int, then: Layout) -> Cell:
+    """Preempted, and gone on with by other ranks at another stage. Their masks would be others: without dropout."""
+    layout, then = Layout(stage, dropout=False), replace(then, dropout=False)
+    return Cell("terminate", "forward", layout, expects="within_tolerance", then=then)
+
+
 def small_matrix() -> list[Cell]:
     """At least one cell of every fault, every phase and every stage: what every test run goes through."""
     two, three = Layout(2), Layout(3)
@@ -139,6 +153,7 @@ def small_matrix() -> list[Cell]:
         Cell("kill", "backward", replace(three, lora=True), rank=1),
         Cell("kill", "step", replace(two, offload=True), rank=0),
         Cell("kill", "step", Layout(1, eight_bits=True), rank=1),
+        _relaid(2, Layout(3, ranks=1)),
     ]
     # The same layout in a row: its reference and its warm processes are used again.
     return sorted(cells, key=lambda cell: cell.layout.name)
@@ -153,4 +168,6 @@ def full_matrix() -> list[Cell]:
     adapted, eight_bits = (Layout(2, lora=True), Layout(3, lora=True)), Layout(1, eight_bits=True)
     for layout in (Layout(2, offload=True), Layout(3, offload=True), *adapted, eight_bits):
         cells += _kills(layout)
+    for stage, ranks, then in ((0, 1, 3), (1, 3, 2), (2, 1, 3), (2, 3, 2), (3, 3, 1), (3, 1, 0)):
+        cells.append(_relaid(stage, Layout(then, ranks=ranks)))
     return cells

@@ -187,20 +187,28 @@ class Prover:
 
     def fresh_run(self, layout: Layout) -> RunFolder:
         """A run of a layout that has not begun: its own configuration and plan, the template's data."""
-        if layout not in self._templates:
-            run, plan, config = self._make_run(layout, self._out / "layouts" / layout.name.replace(" ", "-"))
-            self._templates[layout] = _Template(run, plan, config)
-            self.model, self.world_size = config.model, plan.world_size
-        template = self._templates[layout].run
+        template = self._template(layout).run
+        self.model, self.world_size = self._templates[layout].config.model, self._templates[layout].plan.world_size
         run = RunFolder(self._out / "runs" / f"{self._number:04d}")
         self._number += 1
         shutil.rmtree(run.path, ignore_errors=True)
         run.create()
-        for path in (template.config, template.plan, template.deepspeed_config):
-            shutil.copy2(path, run.path)
+        self._lay_out(run, layout)
         run.data.symlink_to(template.data.resolve())
         run.events.touch()
         return run
+
+    def _template(self, layout: Layout) -> _Template:
+        if layout not in self._templates:
+            run, plan, config = self._make_run(layout, self._out / "layouts" / layout.name.replace(" ", "-"))
+            self._templates[layout] = _Template(run, plan, config)
+        return self._templates[layout]
+
+    def _lay_out(self, run: RunFolder, layout: Layout) -> None:
+        """Give a run the configuration and the plan of a layout."""
+        template = self._template(layout).run
+        for path in (template.config, template.plan, template.deepspeed_config):
+            shutil.copy2(path, run.path)
 
     def _faults_of(self, cell: Cell) -> list[Fault]:
         """What is armed; a fault that is not in the table is called by its own name in `foretune.faults`."""
@@ -233,9 +241,11 @@ class Prover:
                 )
                 stack.callback(killer.close)
                 killer.start()
-            for _ in range(2):
+            for layout in (cell.layout, cell.then or cell.layout):
+                if layout != cell.layout:
+                    self._lay_out(run, layout)
                 try:
-                    self.train(cell.layout, run, faults=faults, before_restart=before_restart)
+                    self.train(layout, run, faults=faults, before_restart=before_restart)
                     codes.append(int(ExitCode.DONE))
                     break
                 except Preempted as error:

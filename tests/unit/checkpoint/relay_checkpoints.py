@@ -1,7 +1,7 @@
 """A rank's main (under torchrun): loads checkpoints of other layouts, and saves them as this layout has them.
 
 in: ``--made FOLDER`` of write_engine_checkpoints.py, ``--out FOLDER --pairs A:TARGET,…`` (names of `CASES`)   out:
-FOLDER/A-as-TARGET/step-00000002/, complete
+FOLDER/A-as-TARGET/step-00000002/, complete, and FOLDER/A-as-TARGET/groups.json, the optimizer's groups by name.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import gc
+import json
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +36,16 @@ def relay(source: str, target: str, made: Path, out: Path, device: Any) -> None:
     torch.distributed.barrier()
     if engine.rank == 0:
         write_manifest(case, partial_folder)
+        names = {parameter: name for name, parameter in engine.module.named_parameters()}
+        groups = [[names[parameter] for parameter in group] for group in engine._groups]
+        (checkpoints / "groups.json").write_text(json.dumps(groups))
     torch.distributed.barrier()
     # What was loaded must be what trains: the same loss as before on fixed rows, and a step can be taken.
     rows = torch.randint(3, 512, (2, 16), generator=torch.Generator().manual_seed(1))
     engine.backward(engine(input_ids=rows, labels=rows, use_cache=False).loss)
     assert engine.step(1e-2).applied
+    counts = {float(state["step"]) for state in engine._torch_optimizer.state.values() if "step" in state}
+    assert counts == {STEP + 1}, counts
     del engine, model
     gc.collect()
 
