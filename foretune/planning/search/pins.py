@@ -78,14 +78,8 @@ def eight_bits_obstacle(config: Config, work: Workload) -> str | None:
     plan = config.plan
     if not config.allow_numerics:
         return "it changes the numerics of training"
-    if work.lora_rank:
-        return "the states of adapters are small"
-    if work.precision != "bf16" or work.accumulation_dtype != "fp32":
-        return f"it takes bf16 weights and fp32 sums, not {work.precision} and {work.accumulation_dtype}"
-    if config.train.optimizer == "sgd":
-        return "it is written for Adam"
-    if plan.zero_stage not in ("auto", 1):
-        return f"it is written for ZeRO-1, and plan.zero_stage is {plan.zero_stage}"
+    if obstacle := _own_step_obstacle(config, work):
+        return obstacle
     if pinned_share(config) or plan.offload_param is True:
         return "what is offloaded is fp32"
     return None
@@ -98,20 +92,27 @@ def streaming_obstacle(config: Config, work: Workload, cluster: Cluster) -> str 
         return "there is no device to pass through"
     if plan.offload_optimizer_step == "host":
         return "plan.offload_optimizer_step is host"
-    if work.lora_rank:
-        return "the states of adapters are small"
-    if work.precision != "bf16" or work.accumulation_dtype != "fp32":
-        return f"it takes bf16 weights and fp32 sums, not {work.precision} and {work.accumulation_dtype}"
-    if config.train.optimizer == "sgd":
-        return "it is written for Adam"
-    if plan.zero_stage not in ("auto", 1):
-        return f"it is written for ZeRO-1, and plan.zero_stage is {plan.zero_stage}"
+    if obstacle := _own_step_obstacle(config, work):
+        return obstacle
     if plan.optimizer_dtype not in ("auto", "fp32"):
         return "its states are fp32"
     if plan.offload_param is True:
         return "parameters are offloaded at ZeRO-3 only"
     if pinned_share(config) == 0:
         return "plan.offload_optimizer is false"
+    return None
+
+
+def _own_step_obstacle(config: Config, work: Workload) -> str | None:
+    """Why the optimizer's step cannot be ours in place of DeepSpeed's (`foretune.engine.masters`); None if it can."""
+    if work.lora_rank:
+        return "the states of adapters are small"
+    if work.precision != "bf16" or work.accumulation_dtype != "fp32":
+        return f"it takes bf16 weights and fp32 sums, not {work.precision} and {work.accumulation_dtype}"
+    if config.train.optimizer == "sgd":
+        return "it is written for Adam"
+    if config.plan.zero_stage not in ("auto", 1):
+        return f"it is written for ZeRO-1, and plan.zero_stage is {config.plan.zero_stage}"
     return None
 
 

@@ -1,9 +1,7 @@
 """Adam with moments of 8 bits: it learns as fp32 states do, skips what is not finite, goes on with the same bits."""
 
-import json
-import subprocess
-import sys
-from pathlib import Path
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -13,13 +11,8 @@ from foretune.engine.blocks import BLOCK, code
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
-    script = Path(__file__).parent / "eight_bit_steps.py"
-    command = [sys.executable, str(script), str(tmp_path_factory.mktemp("eight-bits"))]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    line = next(line for line in done.stdout.splitlines() if line.startswith("RESULT"))
-    return json.loads(line.removeprefix("RESULT"))
+def trained(result_of: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
+    return result_of("eight_bit_steps.py", tmp_path_factory.mktemp("eight-bits"))
 
 
 def test_it_learns_as_fp32_states_do(trained: dict[str, dict]) -> None:

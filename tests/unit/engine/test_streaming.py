@@ -1,21 +1,14 @@
 """States that pass through the device give the bits of states that lie there."""
 
-import json
-import subprocess
-import sys
-from pathlib import Path
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
-    script = Path(__file__).parent / "streamed_steps.py"
-    command = [sys.executable, str(script), str(tmp_path_factory.mktemp("streamed"))]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    line = next(line for line in done.stdout.splitlines() if line.startswith("RESULT"))
-    return json.loads(line.removeprefix("RESULT"))
+def trained(result_of: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
+    return result_of("streamed_steps.py", tmp_path_factory.mktemp("streamed"))
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "adam"])
