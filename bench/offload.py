@@ -2,10 +2,13 @@
 
     python bench/offload.py [--shape 7B] [--contenders foretune,deepspeed] [--share 0.85] [--steps 4]
     python bench/offload.py --contenders foretune --micro-batch 1 --checkpointed 0 --share 0.94 --chunk 4096  # planned
+    python bench/offload.py --contenders foretune-8bit --micro-batch 1 --checkpointed 11                      # planned
 
 The same random weights, rows of tokens, loss and packed attention for both; 16 rows of 4096 tokens a step, 4 at a time
 and every layer checkpointed where nothing else is said. `foretune`: ZeRO-1, fp32 sums on the device, compiled layers,
 `foretune.engine.streaming`.
+`foretune-8bit`: the same with nothing on the host: Adam's moments in 8 bits, no master weights: other numerics
+(`foretune.engine.eight_bits`).
 `deepspeed`: ZeRO-3 with `offload_optimizer.ratio` 0.7 and CPUAdam on all cores, bf16 sums, everything else as DeepSpeed
 has it but for the share on the device, which the fused kernel steps.
 
@@ -42,7 +45,7 @@ def engine_config(contender: str, micro_batch: int) -> dict[str, Any]:
     from shaped import bf16_config
 
     config = bf16_config(micro_batch, ROWS // micro_batch)
-    if contender == "foretune":
+    if contender != "deepspeed":
         return config
     offload = {"device": "cpu", "pin_memory": True, "ratio": RATIO}
     zero = {"stage": 3, "offload_optimizer": offload, "sub_group_size": 100_000_000}
@@ -60,13 +63,14 @@ def run(spec: dict[str, Any]) -> dict[str, Any]:
     from foretune.training.loop import train
     from foretune.training.state import TrainState
 
-    ours = spec["contender"] == "foretune"
+    ours, eight_bits = spec["contender"] != "deepspeed", spec["contender"] == "foretune-8bit"
     began = time.monotonic()
     device = open_group(rank_info())
     engine, facts = build(
         spec["shape"], engine_config(spec["contender"], spec["micro_batch"]), device=device,
         learning_rate=LEARNING_RATE, compiled=ours, checkpointed=spec["checkpointed"], chunk_tokens=spec["chunk"],
-        deepspeed_ratio=0.0 if ours else RATIO, streamed_share=spec["share"] if ours else 0.0, summed=ours,
+        deepspeed_ratio=0.0 if ours else RATIO, summed=ours, eight_bits=eight_bits,
+        streamed_share=spec["share"] if ours and not eight_bits else 0.0,
     )  # fmt: skip
     built = time.monotonic() - began
     facts |= _device_peaks(device, "building_")

@@ -33,6 +33,7 @@ def build(
     float8: bool = False,
     deepspeed_ratio: float = 0.0,
     streamed_share: float = 0.0,
+    eight_bits: bool = False,
     summed: bool = False,
 ) -> tuple[Any, dict[str, Any]]:
     """(engine, what was put in): packed attention and compiled layers where there is a GPU.
@@ -42,13 +43,14 @@ def build(
         chunk_tokens: of the loss.
         mlp_rows: rows of a tile of the MLPs; 0 leaves them whole.
         float8: linear maps of the layers in 8 bits.
+        eight_bits: Adam's moments, with no master weights.
         deepspeed_ratio: of the optimizer, for DeepSpeed's own offload in `config`.
         summed: weight gradients are added to their fp32 sums inside the product.
     """
     from transformers import AutoModelForCausalLM, Qwen2Config
 
     from foretune.config.schema import TrainConfig
-    from foretune.engine import DeepSpeedEngine, build_optimizer
+    from foretune.engine import DeepSpeedEngine, EightBits, build_optimizer
     from foretune.model import attention, compilation, fp8, loading, tiling
     from foretune.model.loss import attach_loss
     from foretune.model.weight_sums import sum_inside
@@ -69,7 +71,8 @@ def build(
     optimizer = build_optimizer(model.parameters(), TrainConfig(), learning_rate=learning_rate,
                                 offload_optimizer=deepspeed_ratio)  # fmt: skip
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    engine = DeepSpeedEngine(model, optimizer, config, device=device, streamed_share=streamed_share)
+    engine = DeepSpeedEngine(model, optimizer, config, device=device, streamed_share=streamed_share,
+                             eight_bits=EightBits(0, compiled=compiled) if eight_bits else None)  # fmt: skip
     summing = sum_inside(model, engine.gradient_sums) if summed else 0
     if compiled:
         compilation.compile_layers(model)

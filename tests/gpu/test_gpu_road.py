@@ -50,12 +50,13 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     [
         ("full", 1, "bf16", []),
         ("full", 1, "bf16", ["plan.offload_optimizer=0.7", "plan.offload_optimizer_step=device"]),
+        ("full", 1, "bf16", ["allow_numerics=true", "plan.optimizer_dtype=8bit"]),
         ("full", 3, "bf16", []),
         ("lora", 1, "bf16", []),
         ("lora", 3, "bf16", []),
         ("full", 2, "fp16", []),
     ],
-    ids=["full-1", "full-1-streamed", "full-3", "lora-1", "lora-3", "full-2-fp16"],
+    ids=["full-1", "full-1-streamed", "full-1-8bit", "full-3", "lora-1", "lora-3", "full-2-fp16"],
 )
 def test_the_road_holds(
     method: str, stage: int, precision: str, pins: list[str], *, model: Path, data: Path, tmp_path: Path
@@ -81,6 +82,7 @@ def test_the_road_holds(
     run = RunFolder(out)
     plan = Plan.read(run.plan)
     assert (plan.zero_stage, plan.method, plan.precision) == (stage, method, precision)
+    assert (plan.optimizer_dtype == "8bit") == ("plan.optimizer_dtype=8bit" in pins)
     assert plan.streams_optimizer == ("plan.offload_optimizer_step=device" in pins)
     steps = [event for event in read_events(run.events) if event["kind"] == EventKind.STEP]
     assert len(steps) == STEPS
