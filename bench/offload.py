@@ -6,9 +6,9 @@
 
 The same random weights, rows of tokens, loss and packed attention for both; 16 rows of 4096 tokens a step, 4 at a time
 and every layer checkpointed where nothing else is said. `foretune`: ZeRO-1, fp32 sums on the device, compiled layers,
-`foretune.engine.streaming`.
+`foretune.engine.states.streaming`.
 `foretune-8bit`: the same with nothing on the host: Adam's moments in 8 bits, no master weights: other numerics
-(`foretune.engine.eight_bits`).
+(`foretune.engine.states.eight_bits`).
 `deepspeed`: ZeRO-3 with `offload_optimizer.ratio` 0.7 and CPUAdam on all cores, bf16 sums, everything else as DeepSpeed
 has it but for the share on the device, which the fused kernel steps.
 

@@ -280,7 +280,7 @@ class Plan(Artifact):
 
     @property
     def streams_optimizer(self) -> bool:
-        """Whether states in host memory pass through the device to be stepped (`foretune.engine.streaming`)."""
+        """Whether states in host memory pass through the device to be stepped (`foretune.engine.states.streaming`)."""
         return self.offload_optimizer > 0 and self.offload_optimizer_step == "device"
 
     @property

@@ -5,13 +5,13 @@
     stage 0     mp_rank_00_model_states.pt          a state for each parameter, in the order of the optimizer's groups
 
 With them a training goes on with another number of ranks or another stage: DeepSpeed's files are cut for one layout.
-Host memory: one whole tensor at a time; the files are mapped.
+What reads takes the host memory of one whole tensor at a time; the files are mapped.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from deepspeed.checkpoint.constants import (
     BASE_OPTIMIZER_STATE,
+    BUFFER_NAMES,
     FP32_FLAT_GROUPS,
     OPTIMIZER_STATE_DICT,
     PARAM_SHAPES,
@@ -33,6 +34,8 @@ from foretune.errors import VerificationFailed
 
 #: The name of the master weight among the states.
 MASTER = "master"
+#: The one state that is a number: steps done.
+COUNT = "step"
 
 
 @dataclass(frozen=True)
@@ -43,11 +46,13 @@ class WholeStates:
         tensors: parameter name → state name (`MASTER`, ``exp_avg``, …) → what reads it, flat, in its own dtype.
         numbers: states that are one number, the same for every parameter: Adam's ``step``.
         loss_scale: of fp16's dynamic scaler, if there is one.
+        buffers: of the module, by name.
     """
 
     tensors: Mapping[str, Mapping[str, Callable[[], torch.Tensor]]]
     numbers: Mapping[str, torch.Tensor] = field(default_factory=dict)
     loss_scale: float | None = None
+    buffers: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
     def own_numbers(self) -> dict[str, torch.Tensor]:
         """`numbers` for one parameter or flat tensor: a kernel counts each up by itself."""
@@ -61,7 +66,7 @@ class WholeStates:
 
 
 def whole_states(checkpoint: Path, manifest: Checkpoint, *, groups: Sequence[Sequence[str]]) -> WholeStates:
-    """The states of a verified checkpoint.
+    """The states of a verified checkpoint. None of any parameter where no step has been taken yet.
 
     Args:
         checkpoint: a complete checkpoint folder whose files have been verified (they are pickles).
@@ -69,20 +74,21 @@ def whole_states(checkpoint: Path, manifest: Checkpoint, *, groups: Sequence[Seq
         groups: names of the trained parameters as the optimizer groups them, which stage 0 does not write down.
 
     Raises:
-        VerificationFailed: the parts do not make up whole tensors.
+        VerificationFailed: a rank's file is missing, or the shards are not as long as the parameters.
     """
     names = sorted((name for name in manifest.files if name.startswith("engine/")), key=natural_keys)
     models = [load_mapped(checkpoint / name) for name in names if name.endswith("_model_states.pt")]
+    buffers = {name: models[0]["module"][name] for name in models[0].get(BUFFER_NAMES) or ()}
     if manifest.zero_stage == 0:
-        return _of_stage_0(models[0], groups)
+        return replace(_of_stage_0(models[0], groups), buffers=buffers)
     files = [checkpoint / name for name in names if name.endswith("_optim_states.pt")]
     if len(files) != manifest.world_size:
         problem = f"{manifest.world_size} ranks saved it, {len(files)} files of states are there"
         raise VerificationFailed(f"{checkpoint.name}: {problem}")
     shards = [load_mapped(file)[OPTIMIZER_STATE_DICT] for file in files]
     if manifest.zero_stage == 3:
-        return _of_stage_3(models[0][PARAM_SHAPES], shards)
-    return _of_partitions(shards)
+        return replace(_of_stage_3(checkpoint.name, models[0][PARAM_SHAPES], shards), buffers=buffers)
+    return replace(_of_partitions(shards), buffers=buffers)
 
 
 def _of_stage_0(model: dict[str, Any], groups: Sequence[Sequence[str]]) -> WholeStates:
@@ -95,10 +101,10 @@ def _of_stage_0(model: dict[str, Any], groups: Sequence[Sequence[str]]) -> Whole
         masters, states, scale = {name: model["module"][name] for name in names}, saved["state"], None
     tensors = {
         name: {MASTER: masters[name].flatten}
-        | {key: value.flatten for key, value in states[number].items() if _is_whole(value)}
+        | {key: value.flatten for key, value in states.get(number, {}).items() if key != COUNT}
         for number, name in enumerate(names)
     }
-    return WholeStates(tensors, _numbers(states[0]), scale)
+    return WholeStates(tensors, _numbers(states.get(0, {})), scale)
 
 
 def _of_partitions(shards: list[dict[str, Any]]) -> WholeStates:
@@ -107,22 +113,22 @@ def _of_partitions(shards: list[dict[str, Any]]) -> WholeStates:
     for shard in shards:
         flats, states = shard[SINGLE_PARTITION_OF_FP32_GROUPS], shard[BASE_OPTIMIZER_STATE]["state"]
         for number, places in enumerate(shard[PARAM_SLICE_MAPPINGS]):
-            parts = {MASTER: flats[number]} | {key: v for key, v in states[number].items() if _is_whole(v)}
+            parts = {MASTER: flats[number]} | {k: v for k, v in states.get(number, {}).items() if k != COUNT}
             for name, place in places.items():
                 of_name = pieces.setdefault(name, {})
                 for key, flat in parts.items():
                     of_name.setdefault(key, []).append(flat.narrow(0, place.start, place.numel))
     tensors = {name: {key: _joined(parts) for key, parts in of_name.items()} for name, of_name in pieces.items()}
     first = shards[0]
-    return WholeStates(tensors, _numbers(first[BASE_OPTIMIZER_STATE]["state"][0]), _scale_of(first))
+    return WholeStates(tensors, _numbers(first[BASE_OPTIMIZER_STATE]["state"].get(0, {})), _scale_of(first))
 
 
-def _of_stage_3(group_shapes: list[dict[str, torch.Size]], shards: list[dict[str, Any]]) -> WholeStates:
+def _of_stage_3(where: str, group_shapes: list[dict[str, torch.Size]], shards: list[dict[str, Any]]) -> WholeStates:
     """Stage 3: as `foretune.checkpoint.consolidate` gathers the masters, for each state."""
     count = len(shards[0][FP32_FLAT_GROUPS])
     states = [shard[OPTIMIZER_STATE_DICT]["state"] for shard in shards]
     flats = {MASTER: [shard[FP32_FLAT_GROUPS] for shard in shards]}
-    for key in (key for key, value in states[0][0].items() if _is_whole(value)):
+    for key in (key for key in states[0].get(0, {}) if key != COUNT):
         flats[key] = [[state[number][key] for number in range(count)] for state in states]
     starts = [0, *accumulate(flat.numel() for flat in shards[0][FP32_FLAT_GROUPS])]
     tensors: dict[str, dict[str, Callable[[], torch.Tensor]]] = {}
@@ -134,15 +140,13 @@ def _of_stage_3(group_shapes: list[dict[str, torch.Size]], shards: list[dict[str
             key: GatheredTensor(by_rank, starts, offset, length, flat).contiguous for key, by_rank in flats.items()
         }
         offset += length
-    return WholeStates(tensors, _numbers(states[0][0]), _scale_of(shards[0]))
-
-
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, torch.Tensor) and value.dim() > 0
+    if offset != starts[-1]:
+        raise VerificationFailed(f"{where}: its shards hold {starts[-1]} elements a rank, its parameters take {offset}")
+    return WholeStates(tensors, _numbers(states[0].get(0, {})), _scale_of(shards[0]))
 
 
 def _numbers(state: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    return {key: torch.as_tensor(value) for key, value in state.items() if not _is_whole(value)}
+    return {COUNT: torch.as_tensor(state[COUNT])} if COUNT in state else {}
 
 
 def _joined(parts: list[torch.Tensor]) -> Callable[[], torch.Tensor]:

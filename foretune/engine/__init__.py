@@ -4,12 +4,12 @@
 """
 
 from foretune.engine.deepspeed_engine import DeepSpeedEngine
-from foretune.engine.eight_bits import EightBits
 from foretune.engine.fake import FakeEngine
 from foretune.engine.group import close_group, import_late_modules, open_group
 from foretune.engine.optimizers import build_optimizer
 from foretune.engine.partitioned import partitioned_loading
 from foretune.engine.protocol import Engine, StepResult
+from foretune.engine.states.eight_bits import EightBits
 
 __all__ = [
     "DeepSpeedEngine",

@@ -20,15 +20,15 @@ from foretune.checkpoint import layout
 from foretune.checkpoint.snapshot import StateWriter
 from foretune.checkpoint.whole_states import whole_states
 from foretune.engine.communication import CommunicationClock, gather_in_place
-from foretune.engine.eight_bits import EightBits, EightBitStates
-from foretune.engine.masters import WithoutMasters, can_do_without
-from foretune.engine.partial_offload import PartialOffload
 from foretune.engine.protocol import StepResult
 from foretune.engine.reduction import ReductionAtStep
-from foretune.engine.relayout import load_whole
-from foretune.engine.saves import redirected_saves
+from foretune.engine.saves import mapped_loads, redirected_saves
 from foretune.engine.shortcuts import apply_shortcuts
-from foretune.engine.streaming import StreamedStates
+from foretune.engine.states.eight_bits import EightBits, EightBitStates
+from foretune.engine.states.masters import WithoutMasters, can_do_without
+from foretune.engine.states.partial_offload import PartialOffload
+from foretune.engine.states.relayout import load_whole
+from foretune.engine.states.streaming import StreamedStates
 from foretune.engine.sums import WideSums
 from foretune.errors import MachineFault, UserError
 from foretune.model.weight_sums import GradientSum
@@ -49,9 +49,9 @@ class DeepSpeedEngine:
         device: this rank's device.
         save_frozen: whether a checkpoint also holds the parameters that are not trained.
         streamed_share: of master weights and Adam's states, that lies in host memory and passes through the device at
-            every step (see `foretune.engine.streaming`). ZeRO 1, 16-bit weights, fp32 sums.
-        eight_bits: moments of 8 bits and no master weights, other numerics (see `foretune.engine.eight_bits`). ZeRO 1,
-            16-bit weights, fp32 sums.
+            every step (see `foretune.engine.states.streaming`). ZeRO 1, 16-bit weights, fp32 sums.
+        eight_bits: moments of 8 bits and no master weights: other numerics (see `foretune.engine.states.eight_bits`).
+            ZeRO 1, 16-bit weights, fp32 sums.
     """
 
     def __init__(
@@ -67,6 +67,9 @@ class DeepSpeedEngine:
     ) -> None:
         self._groups = [list(group["params"]) for group in optimizer.param_groups]  # DeepSpeed puts its own there
         without_masters = WithoutMasters() if streamed_share or eight_bits else None
+        if eight_bits:  # the weights are all there is: a checkpoint has them once, as the module's
+            zero_section = {**deepspeed_config["zero_optimization"], "load_from_fp32_weights": False}
+            deepspeed_config = {**deepspeed_config, "zero_optimization": zero_section}
         with translated_errors(), without_masters or nullcontext():
             self._engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=deepspeed_config)
         if isinstance(self._engine.optimizer, FP16_UnfusedOptimizer):
@@ -166,7 +169,9 @@ class DeepSpeedEngine:
             if (manifest.world_size, manifest.zero_stage) != (self.world_size, self.zero_stage):
                 self._load_other_layout(folder, manifest)
                 return
-        with translated_errors(), self._whole_partitions():
+        # On a CPU states would stay mapped from the checkpoint, and its room on the disk taken, for good.
+        mapped = mapped_loads(self._engine) if self.device.type == "cuda" or self._streamed else nullcontext()
+        with translated_errors(), self._whole_partitions(), mapped:
             path, _ = self._engine.load_checkpoint(
                 str(folder),
                 tag=ENGINE_TAG,
@@ -185,7 +190,7 @@ class DeepSpeedEngine:
         groups = [[names[parameter] for parameter in group] for group in self._groups]
         whole = whole_states(folder, manifest, groups=groups)
         with translated_errors(), self._whole_partitions():
-            load_whole(self._engine.optimizer, names, whole, stage=self.zero_stage)
+            load_whole(self._engine.optimizer, self.module, names, whole, stage=self.zero_stage)
 
     def _refuse_other_states(self, manifest: Checkpoint) -> None:
         """States in a file of ours (8 bits, a partial offload) are read by an engine of the same layout alone."""
@@ -211,8 +216,7 @@ class DeepSpeedEngine:
             apply_shortcuts(zero, self._torch_optimizer)
 
     def _whole_partitions(self) -> AbstractContextManager[None]:
-        elsewhere = self._streamed or self._eight_bits
-        return elsewhere.whole() if elsewhere else nullcontext()
+        return self._streamed.whole() if self._streamed else nullcontext()
 
     @property
     def _states_apart(self) -> PartialOffload | EightBitStates | None:

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 
 from foretune.config.schema import TrainConfig
-from foretune.engine.partial_offload import build_cpu_adam
+from foretune.engine.states.partial_offload import build_cpu_adam
 
 
 def build_optimizer(

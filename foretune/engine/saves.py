@@ -1,4 +1,4 @@
-"""Where DeepSpeed's saves go: to a writer of ours instead of to files.
+"""Where DeepSpeed's saves go: to a writer of ours instead of to files. And its loads: mapped instead of read whole.
 
 DeepSpeed hands every file of a checkpoint to its checkpoint-engine object; that object is exchanged for the time of one
 save. What it would do around it (folders, a recovery script, the ``latest`` file) has no meaning for us.
@@ -9,11 +9,13 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from deepspeed.runtime.checkpoint_engine import CheckpointCommitInfo
 from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointEngine
 
+from foretune.checkpoint.consolidate import load_mapped
 from foretune.checkpoint.snapshot import StateWriter
 
 #: Stands for the folder that DeepSpeed believes it saves into; nothing is ever written there.
@@ -54,6 +56,21 @@ def redirected_saves(engine: Any, write: StateWriter) -> Iterator[str]:
     finally:
         engine.checkpoint_engine = before
         del engine._copy_recovery_script
+
+
+@contextmanager
+def mapped_loads(engine: Any) -> Iterator[None]:
+    """Within this, ``engine.load_checkpoint`` maps its files: no copy of a rank's states in host memory besides."""
+    checkpoint_engine = engine.checkpoint_engine
+    checkpoint_engine.load = _load_mapped
+    try:
+        yield
+    finally:
+        del checkpoint_engine.load
+
+
+def _load_mapped(path: str, map_location: Any = None) -> Any:
+    return load_mapped(Path(path))
 
 
 def _nothing(*_: Any) -> None:

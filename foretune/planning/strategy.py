@@ -59,7 +59,7 @@ class Strategy:
     """One way to lay the work out.
 
     `offload_optimizer` is the share of the optimizer that lives in host memory. DeepSpeed lets the host step it; where
-    it is `streamed`, it passes through the device, which does (`foretune.engine.streaming`).
+    it is `streamed`, it passes through the device, which does (`foretune.engine.states.streaming`).
     """
 
     zero_stage: Stage

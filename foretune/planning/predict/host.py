@@ -79,16 +79,12 @@ def snapshot_fits(work: Workload, strategy: Strategy, cluster: Cluster) -> bool:
 
 
 def checkpoint_bytes(work: Workload, strategy: Strategy) -> int:
-    """A checkpoint on disk: the trained weights, their master where there is one, and the optimizer's states.
-
-    In place of a master, where there is none, DeepSpeed writes the weights once more.
-    """
+    """A checkpoint on disk: the trained weights, their master where there is one, and the optimizer's states."""
     b = work.parameter_bytes
     if strategy.zero_stage == 0 and b == 4:
         return (4 + work.optimizer_state_bytes) * work.trainable
     weights = 0 if strategy.zero_stage == 3 else b
-    again = b if strategy.optimizer_dtype == "8bit" else 0
-    return int((weights + again + strategy.state_bytes(work)) * work.trainable)
+    return int((weights + strategy.state_bytes(work)) * work.trainable)
 
 
 def host_budget(cluster: Cluster) -> int:

@@ -34,9 +34,9 @@ NCCL_BYTES = int(0.5 * GIB)
 PROCESS_BYTES = int(0.6 * GIB)
 #: Gradients that DeepSpeed's engine reduces in one flat copy where ZeRO's own buckets are not used.
 REDUCED_AT_ONCE = 500_000_000
-#: Of streamed states: elements that travel at a time, and places for them on the device (`foretune.engine.streaming`).
+#: Of streamed states (`foretune.engine.states.streaming`): elements that travel at a time, and places on the device.
 STREAMED_PIECE, STREAMED_SLOTS = 1 << 25, 3
-#: Of 8-bit states: elements that are stepped at a time, and their bytes in fp32 (`foretune.engine.eight_bits`).
+#: Of 8-bit states: elements that are stepped at a time, and their bytes in fp32 (`foretune.engine.states.eight_bits`).
 EIGHT_BIT_PIECE, EIGHT_BIT_STEP_BYTES = 1 << 24, 48
 #: What malloc keeps of freed blocks on a CPU beside gradients, which are counted whole: SmolLM2-135M, two ranks, took
 #: 3.26 GiB at ZeRO-2 (rows of 384) and 3.39 at ZeRO-1 (rows of 512), 3 % and 0.5 % more than all parts.

@@ -74,7 +74,7 @@ def _refuse_bf16_states(config: Config, work: Workload, share: float | None) -> 
 
 
 def eight_bits_obstacle(config: Config, work: Workload) -> str | None:
-    """Why Adam cannot have 8-bit moments and no master weights (`foretune.engine.eight_bits`); None if it can."""
+    """Why Adam cannot have 8-bit moments and no masters (`foretune.engine.states.eight_bits`); None if it can."""
     plan = config.plan
     if not config.allow_numerics:
         return "it changes the numerics of training"
@@ -86,7 +86,7 @@ def eight_bits_obstacle(config: Config, work: Workload) -> str | None:
 
 
 def streaming_obstacle(config: Config, work: Workload, cluster: Cluster) -> str | None:
-    """Why an offloaded optimizer cannot be streamed (`foretune.engine.streaming`); None if it can."""
+    """Why an offloaded optimizer cannot be streamed (`foretune.engine.states.streaming`); None if it can."""
     plan = config.plan
     if cluster.accelerator.kind != "cuda":
         return "there is no device to pass through"
@@ -104,7 +104,7 @@ def streaming_obstacle(config: Config, work: Workload, cluster: Cluster) -> str 
 
 
 def _own_step_obstacle(config: Config, work: Workload) -> str | None:
-    """Why the optimizer's step cannot be ours in place of DeepSpeed's (`foretune.engine.masters`); None if it can."""
+    """Why the optimizer's step cannot be ours, not DeepSpeed's (`foretune.engine.states.masters`); None if it can."""
     if work.lora_rank:
         return "the states of adapters are small"
     if work.precision != "bf16" or work.accumulation_dtype != "fp32":

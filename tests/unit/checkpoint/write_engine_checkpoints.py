@@ -35,6 +35,8 @@ class Case:
     frozen: str | None = None  # part of the names of parameters that do not train
     zero: dict[str, Any] = field(default_factory=dict)
     accumulate_in_fp32: bool = False
+    streamed: float = 0.0
+    optimizer: str = "adamw"  # sgd: without momentum, so that it has no states
 
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
@@ -44,6 +46,9 @@ CASES = {
     **{f"llama-fp32-{stage}": Case("llama", stage) for stage in range(4)},
     **{f"llama-bf16-{stage}": Case("llama", stage, "bf16", weight_decay=0.1) for stage in range(4)},
     "llama-bf16-1-fp32-sums": Case("llama", 1, "bf16", accumulate_in_fp32=True),
+    "llama-bf16-1-streamed": Case("llama", 1, "bf16", accumulate_in_fp32=True, streamed=0.6),
+    "llama-fp32-0-sgd": Case("llama", 0, optimizer="sgd"),
+    "llama-fp32-3-sgd": Case("llama", 3, optimizer="sgd", zero=SHARDED),
     "llama-untied-bf16-3": Case("llama", 3, "bf16", tied=False, zero=SHARDED),
     "gpt2-bf16-2": Case("gpt2", 2, "bf16"),
     "gpt2-fp32-3": Case("gpt2", 3, zero=SHARDED, weight_decay=0.1),
@@ -109,9 +114,10 @@ def build_engine(case: Case, base: Path, device: Any) -> tuple[Any, Any]:
     for parameter_name, parameter in model.named_parameters():
         if case.frozen and case.frozen in parameter_name:
             parameter.requires_grad_(False)
-    train = TrainConfig(optimizer="adamw", weight_decay=case.weight_decay)
+    train = TrainConfig(optimizer=case.optimizer, momentum=0.0, weight_decay=case.weight_decay)
     optimizer = build_optimizer(model.parameters(), train, learning_rate=1e-2)
-    engine = DeepSpeedEngine(model, optimizer, config, device=device, save_frozen=case.method == "full")
+    whole = case.method == "full"
+    engine = DeepSpeedEngine(model, optimizer, config, device=device, save_frozen=whole, streamed_share=case.streamed)
     return engine, model
 
 

@@ -14,8 +14,9 @@ from streamed_steps import LAST, SAVED, SKIPPED, digest, save, steps
 
 from foretune.config.schema import TrainConfig
 from foretune.distributed import leave, rank_info
-from foretune.engine import DeepSpeedEngine, build_optimizer, close_group, eight_bits, open_group
-from foretune.engine.eight_bits import EightBits
+from foretune.engine import DeepSpeedEngine, build_optimizer, close_group, open_group
+from foretune.engine.states import eight_bits
+from foretune.engine.states.eight_bits import EightBits
 
 FITTED, RATE = 400, 1e-3
 

@@ -17,7 +17,7 @@ from foretune.config.schema import TrainConfig
 from foretune.distributed import leave, rank_info
 from foretune.engine import DeepSpeedEngine, build_optimizer, close_group, open_group
 from foretune.engine.deepspeed_engine import ENGINE_TAG
-from foretune.engine.partial_offload import PartialOffload
+from foretune.engine.states.partial_offload import PartialOffload
 
 STEPS, SAVED = 40, 23
 

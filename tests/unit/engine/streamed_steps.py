@@ -17,8 +17,9 @@ from step_costs import DEVICE, config_of
 
 from foretune.config.schema import TrainConfig
 from foretune.distributed import leave, rank_info
-from foretune.engine import DeepSpeedEngine, build_optimizer, close_group, open_group, streaming
-from foretune.engine.streaming import StreamedStates
+from foretune.engine import DeepSpeedEngine, build_optimizer, close_group, open_group
+from foretune.engine.states import streaming
+from foretune.engine.states.streaming import StreamedStates
 
 SAVED, LAST, SKIPPED = 4, 7, 2  # a gradient that is not finite must leave everything as it is, the step count too
 

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from foretune.engine.blocks import BLOCK, code, pack, round_by_chance, unpack
+from foretune.engine.states.blocks import BLOCK, code, pack, round_by_chance, unpack
 
 CPU = torch.device("cpu")
 

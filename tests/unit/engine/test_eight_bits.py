@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import torch
 
-from foretune.engine import eight_bits
-from foretune.engine.blocks import BLOCK, code
+from foretune.engine.states import eight_bits
+from foretune.engine.states.blocks import BLOCK, code
 
 
 @pytest.fixture(scope="module")
@@ -62,3 +62,23 @@ def test_a_step_is_adams_up_to_rounding(decoupled: bool) -> None:
     moved = (exact.detach() - weights).abs() / (3 * 1e-2)  # of what three steps can move
     assert moved.mean() < 0.005
     assert moved.max() < 0.2
+
+
+@pytest.mark.slow  # compiles C++: some seconds, and needs g++
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch, while it compiles
+def test_compiled_gives_the_same_bits() -> None:
+    n, codes = 256 * BLOCK, (code(torch.device("cpu"), signed=True), code(torch.device("cpu"), signed=False))
+    compiled = torch.compile(eight_bits._advance, dynamic=False, fullgraph=True)
+    outcomes = []
+    for advance in (eight_bits._advance, compiled):
+        generator = torch.Generator().manual_seed(2)
+        weights = torch.randn(n, generator=generator).to(torch.bfloat16)
+        moments = [(torch.zeros(n, dtype=torch.uint8), torch.zeros(n // BLOCK)) for _ in range(2)]
+        for step in range(1, 4):
+            gradient = torch.randn(n, generator=generator)
+            noise = torch.empty(n, dtype=torch.int16).random_(-(1 << 15), 1 << 15, generator=generator)
+            numbers = torch.tensor([1e-3 * step, 0.1, 0.9, 0.99, 1e-8, 1.0, 0.0, 1 - 0.9**step, 1 - 0.99**step])
+            advance(weights, gradient, *moments, noise, numbers, codes, decoupled=True)
+        outcomes.append([weights, *(part for moment in moments for part in moment)])
+    for plain, fused in zip(*outcomes, strict=True):
+        assert torch.equal(plain, fused)

@@ -35,7 +35,7 @@ def test_7b_is_whole_on_one_card_of_80_gb(config_of: MakeConfig) -> None:
     assert plan.offload_optimizer == 0
     assert plan.sum_in_matmul
     assert plan.predicted.gpu_memory_bytes <= memory.budget(plan.cluster)
-    assert plan.predicted.checkpoint_bytes == int((2 + 2 + 2.03125) * PARAMETERS)
+    assert plan.predicted.checkpoint_bytes == int((2 + 2.03125) * PARAMETERS)
     reason = next(one.reason for one in plan.decisions if one.field == "plan.optimizer_dtype")
     assert "changes numerics" in reason
 
@@ -67,7 +67,7 @@ def test_refusals_say_why(config_of: MakeConfig, values: dict[str, Any], said: s
 
 
 def test_the_planner_knows_the_engines_pieces() -> None:
-    from foretune.engine import eight_bits
+    from foretune.engine.states import eight_bits
 
     assert memory.EIGHT_BIT_PIECE == eight_bits.PIECE
 

@@ -96,7 +96,7 @@ def test_memory_and_time_as_measured(config_of: MakeConfig) -> None:
 
 
 def test_the_planner_knows_the_engines_pieces() -> None:
-    from foretune.engine import streaming
+    from foretune.engine.states import streaming
 
     assert (memory.STREAMED_PIECE, memory.STREAMED_SLOTS) == (streaming.PIECE, streaming.SLOTS)
 

@@ -1,4 +1,4 @@
-"""`BF16_Optimizer` built without the fp32 copy of the weights that it makes: for states that lie elsewhere.
+"""`BF16_Optimizer` built without the fp32 copy of the weights that it makes, and stepped by us: what such steps share.
 
     DeepSpeed: 16-bit weights, flat ──clone──▶ ──float()──▶ master weights, 4 bytes a parameter on the device
     here:                                      ──float()──▶ a tensor of the same shape with the memory of one element
@@ -18,6 +18,9 @@ from deepspeed.runtime.utils import all_gather_dp_groups
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from foretune.engine.sums import is_fused_adam
+
+#: Adam's, by torch's names.
+MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class WithoutMasters(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -56,6 +59,18 @@ def can_do_without(zero_optimizer: Any, optimizer: torch.optim.Optimizer) -> boo
     adam = is_fused_adam(optimizer) and not any(group.get("amsgrad") for group in optimizer.param_groups)
     wide = getattr(zero_optimizer, "grad_acc_dtype", None) == torch.float32
     return type(zero_optimizer) is BF16_Optimizer and wide and adam
+
+
+def weights_of(zero_optimizer: Any, index: int) -> torch.Tensor:
+    """This rank's 16-bit weights of a parameter group, flat."""
+    rank = torch.distributed.get_rank(group=zero_optimizer.real_dp_process_group[index])
+    weights: torch.Tensor = zero_optimizer.bf16_partitioned_groups[index][rank]
+    return weights
+
+
+def decays_apart(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> bool:
+    """Whether weight decay is decoupled from the gradient: AdamW, not Adam."""
+    return isinstance(optimizer, torch.optim.AdamW) or bool(group.get("decoupled_weight_decay", False))
 
 
 def call_before_step(optimizer: torch.optim.Optimizer) -> None:

@@ -24,7 +24,14 @@ from weakref import finalize
 
 import torch
 
-from foretune.engine.masters import call_before_step, gather_weights, without_memory
+from foretune.engine.states.masters import (
+    MOMENTS,
+    call_before_step,
+    decays_apart,
+    gather_weights,
+    weights_of,
+    without_memory,
+)
 
 #: Elements of a piece: 3 x 128 MiB in fp32, some 3 ms each way, long enough that starting a copy does not count.
 PIECE = 1 << 25
@@ -32,7 +39,6 @@ PIECE = 1 << 25
 SLOTS = 3
 #: Where a partition is cut, in elements: kernels compute whole vectors on either side.
 _ALIGNMENT = 1024
-_STATES = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass
@@ -113,6 +119,7 @@ class StreamedStates:
         self._ferry.wait()
         self._coming = False
         for flat in self._flats:
+            self._make_moments(flat)
             for near, far in zip(flat.near, flat.far, strict=False):
                 far[: flat.cut].copy_(near)
             flat.parameter.data = flat.far[0]
@@ -127,9 +134,7 @@ class StreamedStates:
         """Make a partition's master weights where they belong; states follow at the first step."""
         zero = self._zero
         parameter: torch.nn.Parameter = zero.fp32_groups_flat_partition[index]
-        rank = torch.distributed.get_rank(group=zero.real_dp_process_group[index])
-        low = zero.bf16_partitioned_groups[index][rank]
-        n = parameter.numel()
+        low, n = weights_of(zero, index), parameter.numel()
         cut = min(n, -(-int((1.0 - share) * n) // _ALIGNMENT) * _ALIGNMENT)
         master = _host_zeros(n)
         for start in range(cut, n, PIECE):  # widened on the device, a piece at a time
@@ -149,36 +154,38 @@ class StreamedStates:
         if self._ready:
             return
         for flat in self._flats:
-            if len(flat.far) == 1:
-                flat.near += [torch.zeros(flat.cut, device=flat.low.device) for _ in _STATES]
-                flat.far += [_host_zeros(flat.parameter.numel()) for _ in _STATES]
+            self._make_moments(flat)
             for far in flat.far:
                 _lock_pages(far, flat.cut, flat.low.device)
-            self._show(flat)
         self._ready = True
+
+    def _make_moments(self, flat: _Flat) -> None:
+        """Zeros, where there are none yet."""
+        if len(flat.far) == 1:
+            flat.near += [torch.zeros(flat.cut, device=flat.low.device) for _ in MOMENTS]
+            flat.far += [_host_zeros(flat.parameter.numel()) for _ in MOMENTS]
+            self._show(flat)
 
     def _adopt(self, flat: _Flat) -> None:
         """Take over what stands in the optimizer's state: it was loaded, or is what was there before."""
         state = self._optimizer.state.get(flat.parameter, {})
-        flat.near = [flat.far[0][: flat.cut].to(flat.low.device, copy=True)]
-        if state:
-            for number, name in enumerate(_STATES, 1):
-                self._keep(flat, number, state.pop(name))
-            flat.near += [far[: flat.cut].to(flat.low.device, copy=True) for far in flat.far[1:]]
-            flat.step = state["step"].to(flat.low.device, torch.float32, copy=True)
-            self._show(flat)
+        for number, name in enumerate(MOMENTS, 1):
+            self._keep(flat, number, state.pop(name, None))
+        flat.near = [far[: flat.cut].to(flat.low.device, copy=True) for far in flat.far]
+        flat.step = state.get("step", torch.zeros(())).to(flat.low.device, torch.float32, copy=True)
+        self._show(flat)
 
     @staticmethod
-    def _keep(flat: _Flat, number: int, state: torch.Tensor) -> None:
+    def _keep(flat: _Flat, number: int, state: torch.Tensor | None) -> None:
         """Copy a state into memory that is ours alone: what was loaded may share pages, which can't be locked then."""
-        if len(flat.far) == number:
-            flat.far.append(_host_zeros(flat.parameter.numel()))
-        if state is not flat.far[number]:
+        if state is None:  # saved before the first step
+            flat.far[number].zero_()
+        elif state is not flat.far[number]:
             flat.far[number].copy_(state)
 
     def _show(self, flat: _Flat) -> None:
         """Let the optimizer's state, which DeepSpeed saves, name the host's tensors."""
-        self._optimizer.state[flat.parameter] = {"step": flat.step, **dict(zip(_STATES, flat.far[1:], strict=True))}
+        self._optimizer.state[flat.parameter] = {"step": flat.step, **dict(zip(MOMENTS, flat.far[1:], strict=True))}
 
     def _update(self, flat: _Flat, states: list[torch.Tensor], start: int, stop: int) -> None:
         """Adam's kernel on elements [start, stop) of a partition, and their 16-bit weights."""
@@ -186,8 +193,7 @@ class StreamedStates:
             return
         group, gradient = self._optimizer.param_groups[flat.index], flat.parameter.grad
         assert gradient is not None
-        decoupled = isinstance(self._optimizer, torch.optim.AdamW) or group.get("decoupled_weight_decay", False)
-        kernel = torch._fused_adamw_ if decoupled else torch._fused_adam_
+        kernel = torch._fused_adamw_ if decays_apart(self._optimizer, group) else torch._fused_adam_
         master, exp_avg, exp_avg_sq = states
         beta1, beta2 = group["betas"]
         kernel(

@@ -4,8 +4,8 @@
     moments    ├─▶ Adam in fp32, a piece of the partition at a time ─┬─▶ moments, 8 bits in blocks of 256
     weights    ┘                                                     └─▶ weights, bf16, rounded by chance
 
-A parameter takes 2.03 bytes beside weight and sum instead of 12: 8 in all, so the 7B shape is trained whole on one card
-of 80 GB with nothing on the host. Moments lose digits (`foretune.engine.blocks`: about 1 % each); weights have no
+A parameter takes 2.03 bytes beside weight and sum instead of 12: 8 in all, so the 7B shape is planned whole on one card
+of 80 GB with nothing on the host. Moments lose digits (`foretune.engine.states.blocks`: about 1 %); weights have no
 digits beyond bf16, so each step rounds them up or down by chance, which keeps the mean of many small updates. Neither
 is what fp32 gives. 8-bit moments: Dettmers et al. 2022; bf16 weights with stochastic rounding: Zamirai et al. 2020,
 "Revisiting BFloat16 Training".
@@ -17,20 +17,21 @@ checkpoint has the bits of one that was never stopped.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from foretune.engine.blocks import BLOCK, Code, code, pack, round_by_chance, unpack
-from foretune.engine.masters import call_before_step, gather_weights, without_memory
+from foretune.engine.states.blocks import BLOCK, Code, code, pack, round_by_chance, unpack
+from foretune.engine.states.masters import MOMENTS, call_before_step, decays_apart, gather_weights, weights_of
 
 #: Elements that are stepped at a time: what is fp32 for a moment takes some 40 bytes of each where nothing is fused.
 PIECE = 1 << 24
-_MOMENTS = ("exp_avg", "exp_avg_sq")
+#: What `_advance` reads as one tensor, in this order.
+_NUMBERS = ("rate", "decay", "beta1", "beta2", "epsilon", "grad_scale", "found_inf", "correction1", "correction2")
+_Moment = tuple[torch.Tensor, torch.Tensor]  # uint8 [n], scales fp32 [n / BLOCK]
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class _Flat:
 
     Attributes:
         index: of the optimizer's group, which is another object after a load.
-        parameter: what DeepSpeed and the optimizer hold; between saves without memory of its own.
+        parameter: what DeepSpeed and the optimizer hold, without memory of its own. Its checkpoints have it so.
         low: 16-bit weights [n].
         moments: exp_avg and exp_avg_sq, each (uint8 [m], scales fp32 [m / `BLOCK`]), m: n up to whole blocks.
         step: steps done, fp32 [].
@@ -62,7 +63,7 @@ class _Flat:
     index: int
     parameter: torch.nn.Parameter
     low: torch.Tensor
-    moments: list[tuple[torch.Tensor, torch.Tensor]]
+    moments: list[_Moment]
     step: torch.Tensor
 
 
@@ -77,7 +78,7 @@ class EightBitStates:
 
     def __init__(self, zero_optimizer: Any, optimizer: torch.optim.Optimizer, options: EightBits) -> None:
         self._zero, self._optimizer, self._seed = zero_optimizer, optimizer, options.seed
-        self._tried = 0  # steps that were asked for: those that were skipped count too
+        self._tried = 0  # steps that were asked for, in checkpoints: the same number draws the same chances
         self._flats = [self._take(index) for index in range(len(zero_optimizer.fp32_groups_flat_partition))]
         device = self._flats[0].low.device
         self._codes = code(device, signed=True), code(device, signed=False)
@@ -97,26 +98,15 @@ class EightBitStates:
         self._tried += 1
         for flat in self._flats:
             flat.step += 1
-            numbers, decoupled = self._numbers(flat)
+            by_name, numbers, decoupled = self._numbers(flat)
             for start in range(0, flat.low.numel(), PIECE):
                 self._update(flat, start, numbers, decoupled=decoupled)
-            flat.step -= numbers[_FOUND_INF]
-
-    @contextmanager
-    def whole(self) -> Iterator[None]:
-        """Within this, partitions are the 16-bit weights themselves: what DeepSpeed saves as masters, and loads."""
-        for flat in self._flats:
-            flat.parameter.data = flat.low
-        try:
-            yield
-        finally:
-            for flat in self._flats:
-                flat.parameter.data = without_memory(flat.low.numel(), flat.low.device)
+            flat.step -= by_name["found_inf"]
 
     def state_dict(self) -> dict[str, Any]:
         """This rank's moments and counts: partition number → name → tensors."""
         partitions = {
-            number: {"step": flat.step, **dict(zip(_MOMENTS, flat.moments, strict=True))}
+            number: {"step": flat.step, **dict(zip(MOMENTS, flat.moments, strict=True))}
             for number, flat in enumerate(self._flats)
         }
         return {"tried": self._tried, "partitions": partitions}
@@ -127,39 +117,36 @@ class EightBitStates:
         for number, flat in enumerate(self._flats):
             saved = states["partitions"][number]
             flat.step.copy_(saved["step"])
-            for moment, name in zip(flat.moments, _MOMENTS, strict=True):
+            for moment, name in zip(flat.moments, MOMENTS, strict=True):
                 for mine, loaded in zip(moment, saved[name], strict=True):
                     mine.copy_(loaded)
 
     def _take(self, index: int) -> _Flat:
-        zero = self._zero
-        parameter: torch.nn.Parameter = zero.fp32_groups_flat_partition[index]
-        low = zero.bf16_partitioned_groups[index][torch.distributed.get_rank(group=zero.real_dp_process_group[index])]
+        parameter: torch.nn.Parameter = self._zero.fp32_groups_flat_partition[index]
+        low = weights_of(self._zero, index)
         blocks = -(-low.numel() // BLOCK)
         moments = [  # scales of zero: all values are zero, whatever the bytes
             (
                 torch.zeros(BLOCK * blocks, dtype=torch.uint8, device=low.device),
                 torch.zeros(blocks, device=low.device),
             )
-            for _ in _MOMENTS
+            for _ in MOMENTS
         ]
         return _Flat(index, parameter, low, moments, torch.zeros((), device=low.device))
 
-    def _numbers(self, flat: _Flat) -> tuple[torch.Tensor, bool]:
-        """(what `_advance` reads, fp32 [9] on the device, so that no new value compiles anew; AdamW or Adam)."""
+    def _numbers(self, flat: _Flat) -> tuple[dict[str, torch.Tensor], torch.Tensor, bool]:
+        """(`_NUMBERS` by name, the same as one fp32 tensor, whose new values compile nothing anew; AdamW or Adam)."""
         optimizer, group = self._optimizer, self._optimizer.param_groups[flat.index]
         assert not group["maximize"]
-        beta1, beta2 = group["betas"]
-        known = [float(group["lr"]), group["weight_decay"], beta1, beta2, group["eps"], 1.0, 0.0, 0.0, 0.0]
-        numbers = torch.tensor(known).to(flat.low.device, non_blocking=True)
-        scale, found_inf = getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None)
-        if scale is not None:
-            numbers[_GRAD_SCALE] = scale
-        if found_inf is not None:
-            numbers[_FOUND_INF] = found_inf
-        numbers[-2:] = 1.0 - numbers[2:4] ** flat.step
-        decoupled = isinstance(optimizer, torch.optim.AdamW) or group.get("decoupled_weight_decay", False)
-        return numbers, decoupled
+        known = [float(group["lr"]), group["weight_decay"], *group["betas"], group["eps"], 1.0, 0.0, 0.0, 0.0]
+        together = torch.tensor(known).to(flat.low.device, non_blocking=True)
+        by_name = dict(zip(_NUMBERS, together.unbind(), strict=True))
+        for name in ("grad_scale", "found_inf"):
+            if (value := getattr(optimizer, name, None)) is not None:
+                by_name[name].copy_(value)
+        for name, beta in (("correction1", "beta1"), ("correction2", "beta2")):
+            by_name[name].copy_(1.0 - by_name[beta] ** flat.step)
+        return by_name, together, decays_apart(optimizer, group)
 
     def _update(self, flat: _Flat, start: int, numbers: torch.Tensor, *, decoupled: bool) -> None:
         """Step the elements of a partition from `start` on, `PIECE` of them or what is left."""
@@ -178,12 +165,6 @@ class EightBitStates:
         advance(weights, gradient, first, second, noise, numbers, self._codes, decoupled=decoupled)
         if missing:
             low.copy_(weights[: low.numel()])
-
-
-_GRAD_SCALE, _FOUND_INF = 5, 6
-
-
-_Moment = tuple[torch.Tensor, torch.Tensor]  # uint8 [n], scales fp32 [n / BLOCK]
 
 
 def _advance(  # noqa: PLR0917 (what a compiler takes as one graph)

@@ -1,0 +1,1 @@
+"""Optimizer states where, or as, DeepSpeed does not have them; and their way from one layout to another."""
