@@ -284,6 +284,12 @@ class Plan(Artifact):
         return self.offload_optimizer > 0 and self.offload_optimizer_step == "device"
 
     @property
+    def keeps_states_apart(self) -> bool:
+        """Whether a checkpoint has optimizer states in files of ours, which only the layout that saved them reads."""
+        in_part = 0 < self.offload_optimizer < 1 and not self.streams_optimizer
+        return self.optimizer_dtype == "8bit" or in_part
+
+    @property
     def strategy_name(self) -> str:
         """As people say it: `strategy_name`."""
         return strategy_name(
@@ -322,6 +328,7 @@ class Checkpoint(Artifact):
     train_state: dict[str, Any]
     files: dict[str, RankFile]  # relative path → hash and size
     held_out_loss: float | None = None  # nats per target token; with checkpoint.keep_best only
+    held_out_rows: int | None = None  # that it is of
 
     @property
     def layout(self) -> str:

@@ -377,7 +377,8 @@ def prove(
     elif minutes is not None:
         show(lambda width: soak_view(values, out=out))
     else:
-        show(lambda width: proof_view(values["cells"], seconds=values["seconds"], out=out / result.file_name))
+        told = {"seconds": values["seconds"], "left_out": values["left_out"], "out": out / result.file_name}
+        show(lambda width: proof_view(values["cells"], **told))
     if not result.passed:
         raise typer.Exit(1)
 

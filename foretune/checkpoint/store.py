@@ -126,6 +126,16 @@ def choose(checkpoints: Path, step: int | None = None) -> tuple[Path, Checkpoint
     return folder, verify(folder)
 
 
+def held_out_rows(checkpoints: Path) -> int | None:
+    """Rows that the newest complete checkpoint's held-out loss is of, unverified."""
+    for step in layout.complete_steps(checkpoints):
+        with suppress(UserError):
+            rows = Checkpoint.read(layout.folder_of(checkpoints, step) / layout.MANIFEST).held_out_rows
+            if rows is not None:
+                return rows
+    return None
+
+
 def best_step(checkpoints: Path) -> tuple[int, float] | None:
     """Step and held-out loss of the complete checkpoint with the least (the newer of equals), unverified."""
     losses: list[tuple[float, int]] = []

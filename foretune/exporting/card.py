@@ -207,6 +207,14 @@ def _data(prepared: PreparedDataset) -> str:
     return "\n".join(lines)
 
 
+#: What is said of an optimizer whose states are not fp32.
+_NUMERICS = {
+    "fp32": "",
+    "bf16": ", bf16 master weights and optimizer states",
+    "8bit": ", 8-bit moments, no master weights",
+}
+
+
 def _training(plan: Plan, step: int) -> str:
     cluster = plan.cluster
     rows = {
@@ -214,7 +222,7 @@ def _training(plan: Plan, step: int) -> str:
         "rows per step": f"{plan.global_batch_size} of {plan.max_length:,} tokens",
         "optimizer": f"{plan.optimizer}, peak learning rate {plan.learning_rate:.3g}, {plan.schedule}, "
         f"{plan.warmup_steps} steps of warm-up",
-        "precision": plan.precision,
+        "precision": plan.precision + _NUMERICS[plan.optimizer_dtype],
         "parameters": f"{plan.parameters:,}, trained {plan.trainable_parameters:,}",
         "strategy": f"ZeRO stage {plan.zero_stage}, {plan.world_size} x {cluster.accelerator.name}, micro-batch "
         f"{plan.micro_batch_size_per_gpu}, accumulation {plan.gradient_accumulation_steps}",

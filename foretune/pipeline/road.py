@@ -49,6 +49,8 @@ EventSink = Callable[[Mapping[str, Any]], None]
 #: What a checkpoint can't be carried over: the mathematics would change midway. (Ranks and stage may be others.)
 _TIED = (
     "precision",
+    "optimizer_dtype",
+    "gradient_accumulation_dtype",
     "method",
     "global_batch_size",
     "max_length",
@@ -193,7 +195,7 @@ class _Road:
                 done(plan_summary(plan), skipped=True)
                 return plan
             plan = planning.make_plan(
-                self.config, model_folder=model, cluster=cluster, prepared=prepared, calibration=self.calibration
+                self._as_begun(), model_folder=model, cluster=cluster, prepared=prepared, calibration=self.calibration
             )
             self._refuse_other_plan(plan)
             self._refuse_small_disk(plan)
@@ -308,11 +310,13 @@ class _Road:
         The memory that happens to be free is not compared: a run that began with a plan ends with it.
         """
         plan = _read(Plan, self.run.path)
-        if plan is None or not (self.same_wishes and self.data_reused):
+        if plan is None or not self.data_reused:
             return None
         newest = self._newest_manifest()
         if newest is not None and newest.step >= plan.total_steps:
             return plan
+        if not self.same_wishes:
+            return None
         same_place = (plan.cluster.world_size, plan.cluster.accelerator.name) == (
             cluster.world_size,
             cluster.accelerator.name,
@@ -330,18 +334,37 @@ class _Road:
                 "give another --out, or put the old file back",
             )
 
+    def _as_begun(self) -> Config:
+        """The configuration to plan by: a training that has begun keeps its numbers where they were left to the plan.
+
+        With leave to change them, another machine would get others.
+        """
+        before = _read(Plan, self.run.path)
+        if before is None or self._newest_manifest() is None:
+            return self.config
+        asked = self.config.plan
+        names = [name for name in ("optimizer_dtype", "gradient_accumulation_dtype") if getattr(asked, name) == "auto"]
+        kept = {name: getattr(before, name) for name in names}
+        return self.config.model_copy(update={"plan": asked.model_copy(update=kept)})
+
     def _refuse_other_plan(self, plan: Plan) -> None:
         """A training that has begun is not carried over to a plan that its checkpoints don't fit."""
         before = _read(Plan, self.run.path)
         if before is None or self._newest_manifest() is None:
             return
         changed = [key for key in _TIED if getattr(before, key) != getattr(plan, key)]
+        if before.keeps_states_apart or plan.keeps_states_apart:
+            layout_keys = ("world_size", "zero_stage", "keeps_states_apart")
+            changed += [key for key in layout_keys if getattr(before, key) != getattr(plan, key)]
         if changed:
             key = changed[0]
+            fields = {"world_size": "--nproc", "keeps_states_apart": "plan.offload_optimizer"}
+            shown = "offload_optimizer" if key == "keeps_states_apart" else key
+            why = " (states in 8 bits, or offloaded in part, fit no other)" if key not in _TIED else ""
             raise UserError(
-                f"plan.{key}",
-                getattr(plan, key),
-                f"the checkpoints in {self.run.path} were made with {getattr(before, key)}",
+                fields.get(key, f"plan.{key}"),
+                getattr(plan, shown),
+                f"the checkpoints in {self.run.path} were made with {getattr(before, shown)}{why}",
                 "give another --out, or go on with the command that began this run",
             )
 

@@ -7,6 +7,8 @@ from foretune.config import Config
 from foretune.planning.predict import host, memory
 from foretune.planning.predict.timing import starting_seconds
 from foretune.planning.search import EQUALLY_FAST, Candidate, best_of_families, family_of
+from foretune.planning.search.pins import eight_bits_obstacle
+from foretune.planning.search.space import may_have_bf16_states
 from foretune.planning.strategy import Strategy, Workload, gib
 
 
@@ -80,7 +82,7 @@ def explain_strategy(
         ),
         "offload_optimizer_step": (_stepped_by(config, s), _explain_step(s)),
         "offload_param": (s.offload_param, offloaded if s.offload_param else "the parameters fit on the device"),
-        "optimizer_dtype": (s.optimizer_dtype, _explain_states(config, s)),
+        "optimizer_dtype": (s.optimizer_dtype, _explain_states(config, work, s)),
         "micro_batch_size_per_gpu": (s.micro_batch_size, batch),
         "gradient_accumulation_steps": (s.accumulation_steps, batch),
         "checkpointed_layers": (s.checkpointed_layers, f"activations: {recompute}; {fill}"),
@@ -132,13 +134,18 @@ def _explain_step(s: Strategy) -> str:
     return "the host's cores step what lies there"
 
 
-def _explain_states(config: Config, s: Strategy) -> str:
+def _explain_states(config: Config, work: Workload, s: Strategy) -> str:
     if s.optimizer_dtype == "bf16":
         return "changes numerics (allowed): bf16 master weights round small updates away, and take half the memory"
     if s.optimizer_dtype == "8bit":
         moments = "8-bit moments in blocks of 256, a sixth of the memory"
         return f"changes numerics (allowed): {moments}; no master weights, bf16 weights are rounded by chance"
-    return "exact" if config.allow_numerics else "exact; --allow-numerics would let 8 bits or bf16 be proposed"
+    with_leave = config.model_copy(update={"allow_numerics": True})
+    others = [] if eight_bits_obstacle(with_leave, work) else ["8 bits"]
+    others += ["bf16"] if any(may_have_bf16_states(with_leave, work, stage) for stage in (1, 2, 3)) else []
+    if config.allow_numerics or not others:
+        return "exact"
+    return f"exact; --allow-numerics would let {' or '.join(others)} be proposed"
 
 
 def _explain_chunk(work: Workload, s: Strategy) -> str:

@@ -81,9 +81,12 @@ def prove(
         agents: keeps warm processes from one proof to the next; ended by the caller. Its own if not given.
     """
     start = time.perf_counter()
-    results = []
+    results, left_out = [], []
     with Prover(make_run, out=out, seed=seed, broken=broken, agents=agents, on_progress=on_progress) as prover:
         for cell in cells:
+            if obstacle := prover.obstacle(cell):
+                left_out.append(f"{cell.name}: {obstacle}")
+                continue
             results.append(prover.run_cell(cell))
             on_cell(results[-1])
         model, ranks = prover.model, prover.world_size
@@ -93,6 +96,7 @@ def prove(
         world_size=ranks,
         seed=seed,
         cells=results,
+        left_out=tuple(left_out),
         passed=all(result.passed for result in results),
         seconds=round(time.perf_counter() - start, 1),
     )
@@ -138,6 +142,16 @@ class Prover:
     def __exit__(self, *_: object) -> None:
         if not self._shared:
             self._agents.end()
+
+    def obstacle(self, cell: Cell) -> str | None:
+        """Why a layout that not every model and machine can have can't be planned here; None if it can."""
+        wanted = [one for one in (cell.layout, cell.then) if one is not None and (one.eight_bits or one.ranks)]
+        try:
+            for layout in wanted:
+                self._template(layout)
+        except ForetuneError as error:
+            return str(error).splitlines()[0]
+        return None
 
     def run_cell(self, cell: Cell) -> CellResult:
         """Break one run and see."""
@@ -289,6 +303,7 @@ class Prover:
         mark = fired_mark(faults, 0)
         total = Plan.read(run.plan).total_steps
         found = store.newest_complete(run.checkpoints)
+        events = list(read_events(run.events))
         recovered = codes[-1] == ExitCode.DONE and found is not None and found[1].step == total
         equal, difference = False, None
         if not mark.exists():
@@ -307,7 +322,9 @@ class Prover:
         expected_codes = cell.fault != "terminate" or codes == [int(ExitCode.PREEMPTED), int(ExitCode.DONE)]
         if not expected_codes:
             problem = problem or f"exit codes {codes}, not 75 and then 0"
-        events = list(read_events(run.events))
+        starts = [event["resumed_from"] for event in events if event["kind"] == EventKind.TRAINING_STARTED]
+        if cell.then is not None and not starts[-1]:
+            problem = problem or "it began anew"
         result = CellResult(
             name=cell.name,
             fault=cell.fault,

@@ -50,6 +50,7 @@ class Verdict(Artifact):
     world_size: int
     seed: int
     cells: list[CellResult]
+    left_out: tuple[str, ...] = ()  # cells whose layout can't be planned for this model on this machine, and why
     passed: bool
     seconds: float
 

@@ -28,7 +28,9 @@ def cell_line(result: Mapping[str, Any]) -> str:
     return f"{mark} {result['name']}{why} ({steps}{lost})"
 
 
-def proof_view(cells: Sequence[Mapping[str, Any]], *, seconds: float, out: object) -> list[RenderableType]:
+def proof_view(
+    cells: Sequence[Mapping[str, Any]], *, seconds: float, out: object, left_out: Sequence[str] = ()
+) -> list[RenderableType]:
     """Fault by fault: cells, how many passed, steps and seconds lost at most."""
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="dim")
     table.add_column("fault", overflow="fold")
@@ -54,6 +56,7 @@ def proof_view(cells: Sequence[Mapping[str, Any]], *, seconds: float, out: objec
     )
     lines: list[RenderableType] = [table, "", verdict]
     lines += [Text(cell_line(cell), style="red") for cell in failed]
+    lines += [Text(f"left out: {text}") for text in left_out]
     return [*lines, Text(f"{duration_text(seconds)}; every cell: {out}")]
 
 

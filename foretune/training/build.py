@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 import torch
 
 from foretune.artifacts import write_atomically
-from foretune.checkpoint import layout
+from foretune.checkpoint import layout, store
 from foretune.checkpoint.snapshot import seed_everything
 from foretune.data import Loader, open_loader
 from foretune.engine import DeepSpeedEngine, EightBits, Engine, build_optimizer, partitioned_loading
@@ -29,7 +28,7 @@ from foretune.training.kernels import CompileHook, apply_attention, apply_fp8, a
 from foretune.training.loop import Hook
 from foretune.training.pace import SavePace
 from foretune.training.probes import ISOLATION_TOLERANCE, held_out_loss, isolation_error, write_reference_logits
-from foretune.training.saving import CheckpointHook
+from foretune.training.saving import CheckpointHook, HeldOut
 
 #: Of the time between two planned saves, what measuring the held-out loss may take; and rows that are kept for it.
 _HELD_OUT_SHARE = 0.02
@@ -165,7 +164,7 @@ def build_hooks(
         faults=assignment.faults,
         write_extras=write_extras,
         write_final=lambda folder: write_reference_logits(engine, loader, folder / layout.REFERENCE),
-        measure=_held_out_measure(assignment, engine, loader),
+        held_out=_held_out(assignment, engine, loader),
         on_save=lambda step: None if pace is None else pace.saved(step),
     )
     hooks: list[Hook] = [AccountingHook(), checkpoint]
@@ -179,20 +178,21 @@ def build_hooks(
     return hooks
 
 
-def _held_out_measure(assignment: Assignment, engine: Engine, loader: Loader) -> Callable[[], tuple[float, int]] | None:
+def _held_out(assignment: Assignment, engine: Engine, loader: Loader) -> HeldOut | None:
     """What measures the held-out loss at each save, where the best checkpoint is to be kept.
 
     On so many rows that it takes `_HELD_OUT_SHARE` of the time between two planned saves: a forward pass is a third of
-    a row's training. The number follows from the plan alone, so that all losses of a run are of the same rows.
+    a row's training. All losses of a run are of the same rows: those of its first checkpoint, whatever plan goes on.
     """
     if not assignment.config.checkpoint.keep_best:
         return None
     plan, available = assignment.plan, loader.validation_rows
     rows = math.ceil(3 * _HELD_OUT_SHARE * plan.checkpoint_every * plan.global_batch_size)
     rows = min(available, _MOST_HELD_OUT_ROWS, max(rows, plan.world_size * plan.micro_batch_size_per_gpu))
+    rows = store.held_out_rows(assignment.run.checkpoints) or rows
     if rows == 0:
         assignment.tell(EventKind.NOTE, message="the best checkpoint can't be told: no documents were held out")
         return None
     assignment.tell(EventKind.NOTE, message=f"each save measures the loss of {rows} of {available} held-out rows")
     batches = loader.validation(rows)
-    return lambda: held_out_loss(engine, batches)
+    return HeldOut(rows, lambda: held_out_loss(engine, batches))

@@ -10,6 +10,7 @@ import json
 import math
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from foretune.artifacts import Checkpoint, Plan, RunFolder, write_atomically
@@ -23,6 +24,14 @@ from foretune.training.loop import StepReport
 from foretune.training.state import TrainState
 
 _POLL_SECONDS = 0.005
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """What a save measures: `measure` gives the loss (nats per target token) of `rows` and over how many targets."""
+
+    rows: int
+    measure: Callable[[], tuple[float, int]]
 
 
 class CheckpointHook:
@@ -43,7 +52,7 @@ class CheckpointHook:
         faults: Faults = NO_FAULTS,
         write_extras: Callable[[Path], None] = lambda folder: None,
         write_final: Callable[[Path], None] = lambda folder: None,
-        measure: Callable[[], tuple[float, int]] | None = None,
+        held_out: HeldOut | None = None,
         on_save: Callable[[int], None] = lambda step: None,
     ) -> None:
         """Called on every rank:
@@ -51,7 +60,7 @@ class CheckpointHook:
         Args:
             write_extras: adds files to every checkpoint.
             write_final: adds files to those that an export is made of: the last one and, with `keep_best`, any.
-            measure: the held-out loss (nats per target token) and over how many targets; None measures nothing.
+            held_out: what to measure; None measures nothing.
             on_save: told the step after each save.
         """
         self._engine, self._run, self._plan, self._config = engine, run, plan, config
@@ -59,7 +68,7 @@ class CheckpointHook:
         self._memory, self._local_rank = memory, local_rank
         self._enter, self._faults = enter, faults
         self._write_extras, self._write_final = write_extras, write_final
-        self._measure, self._on_save = measure, on_save
+        self._held_out, self._on_save = held_out, on_save
         if memory is not None and engine.device.type == "cuda":
             memory.open_window(engine.device)
 
@@ -67,7 +76,7 @@ class CheckpointHook:
         last = state.step >= self._plan.total_steps
         if last or report.stop or report.save:
             self._enter("save", state.step)
-            self.save(state, final=last or report.stop or self._measure is not None)
+            self.save(state, final=last or report.stop or self._held_out is not None)
             self._on_save(report.step)
 
     def save(self, state: TrainState, *, final: bool) -> None:
@@ -140,9 +149,9 @@ class CheckpointHook:
 
     def _held_out_loss(self, state: TrainState) -> float | None:
         """Measure it, if it is wanted, and tell the journal."""
-        if self._measure is None:
+        if self._held_out is None:
             return None
-        loss, targets = self._measure()
+        loss, targets = self._held_out.measure()
         if self._journal is not None:
             perplexity = math.exp(min(loss, 700.0))
             self._journal.write(
@@ -161,4 +170,5 @@ class CheckpointHook:
             train_state=state.state_dict(),
             files={},
             held_out_loss=held_out_loss,
+            held_out_rows=self._held_out.rows if self._held_out else None,
         )

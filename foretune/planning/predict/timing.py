@@ -281,7 +281,8 @@ def _update(work: Workload, strategy: Strategy, cluster: Cluster) -> tuple[float
     stage = strategy.zero_stage
     shard = work.trainable / (cluster.world_size if stage else 1)
     if accelerator.kind == "cpu":
-        return 0.0, shard * CPU_OPTIMIZER_BYTES / accelerator.memory_bandwidth + STEP_SECONDS["cpu"]
+        each = EIGHT_BIT_OPTIMIZER_BYTES["eager"] if strategy.optimizer_dtype == "8bit" else CPU_OPTIMIZER_BYTES
+        return 0.0, shard * each / accelerator.memory_bandwidth + STEP_SECONDS["cpu"]
     moved = strategy.offload_optimizer * shard
     bandwidth = _bandwidth(cluster)
     if strategy.streamed:

@@ -135,7 +135,7 @@ def _layouts(config: Config, work: Workload, cluster: Cluster) -> Iterator[Strat
             continue
         if stage == 0 and work.accumulation_dtype != work.precision:
             continue  # DeepSpeed has no ZeRO-0 with 16-bit weights and fp32 accumulation
-        if plan.optimizer_dtype in ("auto", "bf16") and _may_have_bf16_states(config, work, stage):
+        if plan.optimizer_dtype in ("auto", "bf16") and may_have_bf16_states(config, work, stage):
             yield replace(base, zero_stage=stage, optimizer_dtype="bf16")
         if plan.optimizer_dtype in ("auto", "8bit") and stage == 1 and not eight_bits_obstacle(config, work):
             yield replace(base, zero_stage=stage, optimizer_dtype="8bit")
@@ -163,7 +163,8 @@ def _streamed(config: Config, work: Workload, cluster: Cluster, stage: Stage) ->
     return (1.0,) if pinned is None else (pinned,)
 
 
-def _may_have_bf16_states(config: Config, work: Workload, stage: Stage) -> bool:
+def may_have_bf16_states(config: Config, work: Workload, stage: Stage) -> bool:
+    """Whether DeepSpeed's bf16 masters and states may be looked at, at this stage."""
     plan = config.plan
     offloads = bool(pinned_share(config)) or plan.offload_param is True
     sums_may_change = plan.gradient_accumulation_dtype != "fp32"

@@ -58,6 +58,7 @@ def run(folder: Path, name: str) -> dict[str, Any]:
     steps_done = [float(part["step"]) for part in states_of(engine)["partitions"].values()]
     steps(engine, SKIPPED + 1, SAVED)
     save(engine, folder / name)
+    saved = {path.name: path.stat().st_size for path in (folder / name).rglob("*") if path.is_file()}
     steps(engine, SAVED, LAST)
     resumed = []
     for used in (0, 2):
@@ -70,7 +71,7 @@ def run(folder: Path, name: str) -> dict[str, Any]:
     steps(other, 0, LAST)
     return {
         "norms": norms, "skip left all": skipped, "steps done": steps_done, "digest": digest(engine),
-        "resumed": resumed, "other seed": digest(other),
+        "resumed": resumed, "saved bytes": saved, "other seed": digest(other),
     }  # fmt: skip
 
 

@@ -39,6 +39,19 @@ def test_a_checkpoint_goes_on_with_the_same_bits(trained: dict[str, dict], optim
     assert trained["runs"]["adam"]["digest"] != trained["runs"]["adamw"]["digest"]
 
 
+def test_a_checkpoint_has_the_weights_once(trained: dict[str, dict]) -> None:
+    """Weights as the module's; where a master would be there is nothing, whatever torch keeps behind a view."""
+    parameters = 64 * 301 + 301 + 301 * 33 + 33
+    saved = trained["runs"]["adamw"]["saved bytes"]
+    model = next(size for name, size in saved.items() if name.endswith("model_states.pt"))
+    optimizer = next(size for name, size in saved.items() if name.endswith("optim_states.pt"))
+    moments = next(size for name, size in saved.items() if name.startswith("device-states"))
+    archive = 20_000  # of an archive and what DeepSpeed notes beside
+    assert 2 * parameters < model < 2 * parameters + archive
+    assert optimizer < archive
+    assert 2 * parameters < moments < 2.04 * parameters + archive
+
+
 @pytest.mark.parametrize("decoupled", [True, False])
 def test_a_step_is_adams_up_to_rounding(decoupled: bool) -> None:
     """Three steps of a piece beside torch's fused kernel in fp32; the rounding of weights is taken out of it."""

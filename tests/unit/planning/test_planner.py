@@ -124,6 +124,8 @@ def test_bf16_states_are_proposed_only_when_allowed_and_said(config_of: MakeConf
     assert "changes numerics" in decision(plan, "plan.optimizer_dtype").reason
     assert plan.gradient_accumulation_dtype == "bf16"
     assert plan.deepspeed_config["bf16"]["bf16_optimizer_states"] is True
+    proposed = config_of(train={"max_length": 4096, "optimizer": "sgd"}, allow_numerics=True)  # not Adam: no 8 bits
+    assert plan_of(proposed, "1xH100,ram=64GB").optimizer_dtype == "bf16"
     with pytest.raises(NoPlanFits, match="--allow-numerics"):
         plan_of(config, "1xH200,ram=64GB")
     with pytest.raises(UserError, match="--allow-numerics"):
