@@ -4,7 +4,7 @@ step-00000120/                 complete: it got this name last
     manifest.json              `foretune.artifacts.Checkpoint`
     engine/                    what DeepSpeed wrote
     rank-00000.pt              random-number states of one rank
-    device-states-00000.pt     optimizer states of one rank that are not offloaded, where only a share is
+    device-states-00000.pt     optimizer states of one rank that are in 8 bits, or not in the share that is offloaded
     reference.safetensors      logits that an export must reproduce (last checkpoint of a training)
     adapter_config.json        peft's, for LoRA
 .step-00000240.partial/        being written, or left by a crash: never read
@@ -42,7 +42,7 @@ def rank_file(rank: int) -> str:
 
 
 def device_states_file(rank: int) -> str:
-    """Name of one rank's optimizer states on the device, where only a share of them is offloaded."""
+    """Name of one rank's optimizer states that DeepSpeed does not save: in 8 bits, or left by a partial offload."""
     return f"device-states-{rank:05d}.pt"
 
 
