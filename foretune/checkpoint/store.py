@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -126,24 +126,23 @@ def choose(checkpoints: Path, step: int | None = None) -> tuple[Path, Checkpoint
     return folder, verify(folder)
 
 
-def held_out_rows(checkpoints: Path) -> int | None:
-    """Rows that the newest complete checkpoint's held-out loss is of, unverified."""
+def _manifests(checkpoints: Path) -> Iterator[Checkpoint]:
+    """Those of the complete checkpoints, newest first, unverified; a damaged one is left out."""
     for step in layout.complete_steps(checkpoints):
         with suppress(UserError):
-            rows = Checkpoint.read(layout.folder_of(checkpoints, step) / layout.MANIFEST).held_out_rows
-            if rows is not None:
-                return rows
-    return None
+            yield Checkpoint.read(layout.folder_of(checkpoints, step) / layout.MANIFEST)
+
+
+def held_out_rows(checkpoints: Path) -> int | None:
+    """Rows that the newest complete checkpoint's held-out loss is of, unverified."""
+    found = (manifest.held_out_rows for manifest in _manifests(checkpoints))
+    return next((rows for rows in found if rows is not None), None)
 
 
 def best_step(checkpoints: Path) -> tuple[int, float] | None:
     """Step and held-out loss of the complete checkpoint with the least (the newer of equals), unverified."""
-    losses: list[tuple[float, int]] = []
-    for step in layout.complete_steps(checkpoints):
-        with suppress(UserError):  # a damaged manifest is no candidate
-            loss = Checkpoint.read(layout.folder_of(checkpoints, step) / layout.MANIFEST).held_out_loss
-            if loss is not None:
-                losses.append((loss, -step))
+    found = ((manifest.held_out_loss, -manifest.step) for manifest in _manifests(checkpoints))
+    losses = [(loss, negative) for loss, negative in found if loss is not None]
     if not losses:
         return None
     loss, negative = min(losses)

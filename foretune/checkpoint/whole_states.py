@@ -77,17 +77,17 @@ def whole_states(checkpoint: Path, manifest: Checkpoint, *, groups: Sequence[Seq
         VerificationFailed: a rank's file is missing, or the shards are not as long as the parameters.
     """
     names = sorted((name for name in manifest.files if name.startswith("engine/")), key=natural_keys)
-    models = [load_mapped(checkpoint / name) for name in names if name.endswith("_model_states.pt")]
-    buffers = {name: models[0]["module"][name] for name in models[0].get(BUFFER_NAMES) or ()}
+    model = load_mapped(checkpoint / next(name for name in names if name.endswith("_model_states.pt")))
+    buffers = {name: model["module"][name] for name in model.get(BUFFER_NAMES) or ()}
     if manifest.zero_stage == 0:
-        return replace(_of_stage_0(models[0], groups), buffers=buffers)
+        return replace(_of_stage_0(model, groups), buffers=buffers)
     files = [checkpoint / name for name in names if name.endswith("_optim_states.pt")]
     if len(files) != manifest.world_size:
         problem = f"{manifest.world_size} ranks saved it, {len(files)} files of states are there"
         raise VerificationFailed(f"{checkpoint.name}: {problem}")
     shards = [load_mapped(file)[OPTIMIZER_STATE_DICT] for file in files]
     if manifest.zero_stage == 3:
-        return replace(_of_stage_3(checkpoint.name, models[0][PARAM_SHAPES], shards), buffers=buffers)
+        return replace(_of_stage_3(checkpoint.name, model[PARAM_SHAPES], shards), buffers=buffers)
     return replace(_of_partitions(shards), buffers=buffers)
 
 

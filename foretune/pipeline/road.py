@@ -334,13 +334,17 @@ class _Road:
                 "give another --out, or put the old file back",
             )
 
+    def _plan_begun(self) -> Plan | None:
+        """The plan that this run's checkpoints were made with; None if there are none."""
+        return None if self._newest_manifest() is None else _read(Plan, self.run.path)
+
     def _as_begun(self) -> Config:
         """The configuration to plan by: a training that has begun keeps its numbers where they were left to the plan.
 
         With leave to change them, another machine would get others.
         """
-        before = _read(Plan, self.run.path)
-        if before is None or self._newest_manifest() is None:
+        before = self._plan_begun()
+        if before is None:
             return self.config
         asked = self.config.plan
         names = [name for name in ("optimizer_dtype", "gradient_accumulation_dtype") if getattr(asked, name) == "auto"]
@@ -349,8 +353,8 @@ class _Road:
 
     def _refuse_other_plan(self, plan: Plan) -> None:
         """A training that has begun is not carried over to a plan that its checkpoints don't fit."""
-        before = _read(Plan, self.run.path)
-        if before is None or self._newest_manifest() is None:
+        before = self._plan_begun()
+        if before is None:
             return
         changed = [key for key in _TIED if getattr(before, key) != getattr(plan, key)]
         if before.keeps_states_apart or plan.keeps_states_apart:
