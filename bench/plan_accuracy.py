@@ -394,7 +394,7 @@ def _measure(plan: Any, config: Any) -> dict[str, Any]:
     from foretune.engine import open_group
     from foretune.model import loading
     from foretune.training.build import build_engine
-    from foretune.training.objective import negative_log_likelihood, scaled_loss, to_device
+    from foretune.training.objective import negative_log_likelihood, share_of_mean, to_device
 
     rank = RankInfo(rank=0, local_rank=0, world_size=1, local_world_size=1)
     device = open_group(rank)
@@ -430,8 +430,8 @@ def _measure(plan: Any, config: Any) -> dict[str, Any]:
             batch = MicroBatch(
                 input_ids=ids, shift_labels=ids, position_ids=np.ascontiguousarray(positions), document_ids=documents
             )
-            loss = negative_log_likelihood(engine, to_device(batch, device))
-            engine.backward(scaled_loss(loss, world_size=1, target_tokens=ids.size))
+            scale = share_of_mean(world_size=1, target_tokens=ids.size)
+            engine.backward(scale * negative_log_likelihood(engine, to_device(batch, device), gradient_scale=scale))
         engine.step(1e-5)
         _wait(device)
         seconds.append(time.monotonic() - start)

@@ -5,6 +5,9 @@
 
 The forward pass already computes both gradients (they are linear in the incoming gradient), as in the Liger kernels
 (Hsu et al. 2024): memory for logits is ``chunk_tokens × V`` instead of ``N × V``, and nothing is computed twice.
+
+Where the head's gradients have an fp32 sum of their own (`foretune.model.weight_sums`) and the incoming gradient is known
+beforehand, dW goes there: the matrix product scales it and adds it. No dW lies in memory, is rounded or added again.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ import torch.nn.functional as F
 
 from foretune.artifacts import IGNORE_INDEX
 from foretune.model.attention import packed_inputs, takes_bounds
-from foretune.model.weight_sums import add_product
+from foretune.model.weight_sums import GradientSum, add_product
 
 #: Rows of a gradient that are widened at a time to be scaled.
 _SCALED_ROWS = 1 << 14
@@ -45,20 +48,22 @@ class _LinearCrossEntropy(torch.autograd.Function):
         labels: torch.Tensor,
         chunk_tokens: int,
         fused: bool,
+        weight_sum: GradientSum | None,
+        gradient_scale: float,
     ) -> torch.Tensor:
         wide = torch.promote_types(hidden.dtype, torch.float32)
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         total = torch.zeros((), dtype=wide, device=hidden.device)
         grad_hidden = torch.zeros_like(hidden) if needs_hidden else None
         # Summed over chunks in the wide dtype (bf16 would lose the small chunks), and rounded once, in backward.
-        grad_weight = torch.zeros_like(weight, dtype=wide) if needs_weight else None
+        grad_weight = torch.zeros_like(weight, dtype=wide) if needs_weight and weight_sum is None else None
         grad_bias = torch.zeros_like(bias, dtype=wide) if bias is not None and needs_bias else None
         nll_and_gradient = _fused_softmax() if fused else _softmax_in_place
         for start in range(0, hidden.shape[0], chunk_tokens):
             piece = hidden[start : start + chunk_tokens]
             target = labels[start : start + chunk_tokens]
             logits = F.linear(piece, weight, bias)
-            if grad_hidden is None and grad_weight is None:
+            if not (needs_hidden or needs_weight):
                 total += F.cross_entropy(logits.to(wide), target, reduction="sum")
                 continue
             nll, gradient = nll_and_gradient(logits, target)
@@ -67,6 +72,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 torch.mm(gradient, weight, out=grad_hidden[start : start + chunk_tokens])
             if grad_weight is not None:
                 add_product(grad_weight, gradient.T, piece)
+            elif needs_weight:
+                assert weight_sum is not None
+                weight_sum.add_product(gradient.T, piece, scale=gradient_scale)
             if grad_bias is not None:
                 grad_bias += gradient.sum(0, dtype=wide)
         ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
@@ -78,7 +86,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         assert not ctx.is_spent, "the gradients were scaled in place: there is one backward pass"
         ctx.is_spent = True
-        return (*(_scaled(gradient, grad_output, ctx.dtype) for gradient in ctx.saved_tensors), None, None, None)
+        return (*(_scaled(gradient, grad_output, ctx.dtype) for gradient in ctx.saved_tensors), *[None] * 5)
 
 
 def _softmax_in_place(logits: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -92,9 +100,14 @@ def _softmax_in_place(logits: torch.Tensor, target: torch.Tensor) -> tuple[torch
 
 
 def _softmax(logits: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same, written for a compiler: logits are read twice and the gradient written once, all in their own dtype."""
+    """The same, written for a compiler: logits are read twice and the gradient written once, all in their own dtype.
+
+    Maximum and sum are spelled out: torch's compiler knows the pair and takes both in one pass (online softmax,
+    Milakov & Gimelshein 2018), which `logsumexp` hides from it.
+    """
     wide = logits.to(torch.float32)
-    log_normalizer = torch.logsumexp(wide, dim=-1, keepdim=True)
+    highest = wide.amax(dim=-1, keepdim=True)
+    log_normalizer = highest + (wide - highest).exp().sum(dim=-1, keepdim=True).log()
     nll = (log_normalizer - wide.gather(1, target[:, None])).sum()
     is_target = torch.arange(logits.shape[1], device=logits.device)[None] == target[:, None]
     gradient = torch.exp(wide - log_normalizer) - is_target.to(torch.float32)
@@ -145,6 +158,8 @@ def linear_cross_entropy(
     *,
     chunk_tokens: int,
     fused: bool = False,
+    weight_sum: GradientSum | None = None,
+    gradient_scale: float = 1.0,
 ) -> torch.Tensor:
     """Sum of the negative log-likelihoods of `labels` (nats).
 
@@ -155,12 +170,14 @@ def linear_cross_entropy(
         labels: int64 [T], each in [0, V).
         chunk_tokens: rows whose logits exist at the same time.
         fused: let torch compile the softmax of a chunk and its gradient (not in float64).
+        weight_sum: where the weight's gradient is added in the forward pass already; the backward pass then gives none.
+        gradient_scale: what the result's gradient will be in the backward pass. It is used with `weight_sum` alone.
 
     Returns:
         Scalar in float32 (float64 for float64 inputs). It can be differentiated once.
     """
     result: torch.Tensor = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
-        hidden, weight, bias, labels, chunk_tokens, fused
+        hidden, weight, bias, labels, chunk_tokens, fused, weight_sum, gradient_scale
     )
     return result
 
@@ -172,6 +189,8 @@ def attach_loss(model: Any, *, chunk_tokens: int, fused: bool = False) -> None:
     called without `shift_labels` it is the model's own forward. `target_index` are the flat positions that have a
     target (known on the host, so that selecting them does not wait for the device). `document_bounds` int32 [D + 1] and
     `longest_document` [] are used by a model with packed attention (see `foretune.model.attention`), else ignored.
+    `gradient_scale` promises what the gradient of this scalar will be in backward, which `weight_sums.sum_inside` needs
+    of the head; without it the head's gradient is autograd's.
 
     The output head is a linear map in nearly every family and goes through `linear_cross_entropy`; where its config
     says that it does more (soft-capping, scaling) the model's own logits are used, whole.
@@ -191,6 +210,7 @@ def attach_loss(model: Any, *, chunk_tokens: int, fused: bool = False) -> None:
         target_index: torch.Tensor | None = None,
         document_bounds: torch.Tensor | None = None,
         longest_document: torch.Tensor | None = None,
+        gradient_scale: float | None = None,
         **inputs: Any,
     ) -> Any:
         if shift_labels is None:
@@ -208,7 +228,7 @@ def attach_loss(model: Any, *, chunk_tokens: int, fused: bool = False) -> None:
         rows = hidden.reshape(-1, hidden.shape[-1])
         if len(index) < len(rows):  # else every token is a target
             rows, labels = rows.index_select(0, index), labels.index_select(0, index)
-        return head(rows, labels)
+        return head(rows, labels, gradient_scale)
 
     model.forward = MethodType(forward, model)
 
@@ -217,10 +237,16 @@ def _attach_to_head(head: torch.nn.Linear, chunk_tokens: int, *, fused: bool) ->
     """Let the head itself compute the loss: called as a module, so that ZeRO-3 gathers its weight for the call."""
     logits: Callable[[torch.Tensor], torch.Tensor] = head.forward
 
-    def forward(self: torch.nn.Linear, hidden: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(
+        self: Any, hidden: torch.Tensor, labels: torch.Tensor | None = None, gradient_scale: float | None = None
+    ) -> torch.Tensor:
         if labels is None:
             return logits(hidden)
-        return linear_cross_entropy(hidden, self.weight, self.bias, labels, chunk_tokens=chunk_tokens, fused=fused)
+        into = getattr(self, "gradient_sum", None)  # given by `weight_sums.sum_inside`
+        return linear_cross_entropy(
+            hidden, self.weight, self.bias, labels, chunk_tokens=chunk_tokens, fused=fused,
+            weight_sum=into if gradient_scale is not None else None, gradient_scale=gradient_scale or 0.0,
+        )  # fmt: skip
 
     head.forward = MethodType(forward, head)  # type: ignore[method-assign]
 

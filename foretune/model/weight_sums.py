@@ -1,12 +1,15 @@
-"""Linear maps whose weight gradients are added to their fp32 sums by the matrix product that makes them.
+"""Modules whose weight gradients are added to their fp32 sums where they are made.
 
-    y = x Wᵀ + b     backward:  gx = g W     gb = Σ g     sum of W's gradients += gᵀ x, in fp32, inside the product
+    linear map   y = x Wᵀ + b     backward:  gx = g W     gb = Σ g     sum of W's gradients += gᵀ x, inside the product
+    output head  the same, inside the loss (`foretune.model.loss`)
+    embedding    y = W[ids]       backward:  the rows of the sum that ids name += g
 
 Where gradients of 16 bits are summed in fp32, each is written, read again and added in a pass of its own: 10 bytes a
 parameter and micro-batch. cuBLAS adds to an fp32 matrix itself (8 bytes, and no kernel more), and the product is not
-rounded to 16 bits first. Measured on an H100 for the shapes of Qwen2.5-1.5B: docs/speed.md.
+rounded to 16 bits first. Of the embedding, most rows have no gradient at all, yet autograd makes them all: here only
+those that have one are touched. Measured on an H100 for the shapes of Qwen2.5-1.5B: docs/speed.md.
 
-The product is an operator of its own, so that a compiler sees one opaque call that changes its sum in place.
+A layer's product is an operator of its own, so that a compiler sees one opaque call that changes its sum in place.
 """
 
 from __future__ import annotations
@@ -42,6 +45,18 @@ class GradientSum:
             self.total.copy_(gradient)
             self.filled.fill_(True)
 
+    def add_product(self, left: torch.Tensor, right: torch.Tensor, *, scale: float = 1.0) -> None:
+        """Add ``scale · left @ right``, which never is in memory by itself on a GPU."""
+        add_product(self.total, left, right, scale=scale, overwrite=not self.filled)
+        self.filled.fill_(True)
+
+    def add_rows(self, index: torch.Tensor, rows: torch.Tensor) -> None:
+        """Add rows [T, h] of any dtype to the rows that `index` int64 [T] names, in one order on a GPU too."""
+        if not self.filled:
+            self.total.zero_()
+            self.filled.fill_(True)
+        self.total.index_put_((index,), rows.to(self.total.dtype), accumulate=True)
+
     def take(self, parameter: torch.Tensor) -> None:
         """Add what autograd left in a parameter, and free it: the hook of a parameter whose gradient is there."""
         if parameter.grad is not None:  # else its product has added it
@@ -62,14 +77,16 @@ def sums_over(
     return [GradientSum(total.view(weight.shape).data, flag.data) for weight, total, flag in pieces], filled
 
 
-def add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor, *, overwrite: bool = False) -> None:
-    """``total += left @ right``, or ``=``: [m, n] in float32, factors of 16 bits or `total`'s dtype."""
+def add_product(
+    total: torch.Tensor, left: torch.Tensor, right: torch.Tensor, *, scale: float = 1.0, overwrite: bool = False
+) -> None:
+    """``total += scale · left @ right``, or ``=``: [m, n] in float32, factors of 16 bits or `total`'s dtype."""
     if left.is_cuda and left.dtype != total.dtype:  # cuBLAS adds in the wide dtype itself: no product in memory
-        torch.addmm(total, left, right, beta=0 if overwrite else 1, out_dtype=total.dtype, out=total)
+        torch.addmm(total, left, right, beta=0 if overwrite else 1, alpha=scale, out_dtype=total.dtype, out=total)
     elif overwrite:
-        total.copy_(left @ right)
+        total.copy_(left @ right).mul_(scale)
     else:
-        total += left @ right
+        total.add_(left @ right, alpha=scale)
 
 
 @torch.library.custom_op("foretune::add_weight_gradient", mutates_args=("total", "filled"))
@@ -127,14 +144,49 @@ class SummedLinear(torch.nn.Linear):
         return output
 
 
-def sum_inside(model: Any, sums: Mapping[torch.nn.Parameter, GradientSum]) -> int:
-    """Let the linear maps inside the decoder layers of a transformers model add to `sums` inside their products.
+class _Lookup(torch.autograd.Function):
+    """Rows of an embedding. The weight gets no gradient from autograd."""
 
-    To be called after the engine took the model. Left alone: weights that several modules share (their gradients are
-    summed before), modules with a forward of their own, and whatever else has weights.
+    @staticmethod
+    def forward(  # noqa: PLR0917 (autograd passes by position)
+        ctx: Any, ids: torch.Tensor, weight: torch.Tensor, into: GradientSum, unused: int | None
+    ) -> torch.Tensor:
+        ctx.save_for_backward(ids)
+        ctx.into, ctx.unused = into, unused
+        return F.embedding(ids, weight)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (ids,) = ctx.saved_tensors
+        if ctx.unused is not None:
+            gradient = gradient.masked_fill((ids == ctx.unused).unsqueeze(-1), 0.0)
+        ctx.into.add_rows(ids.reshape(-1), gradient.reshape(-1, gradient.shape[-1]))
+        return None, None, None, None
+
+
+class SummedEmbedding(torch.nn.Embedding):
+    """An embedding that adds its weight's gradients to `gradient_sum` itself."""
+
+    gradient_sum: GradientSum
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """ids int64 [...] → [..., h]."""
+        if not torch.is_grad_enabled():
+            return F.embedding(ids, self.weight)
+        rows: torch.Tensor = _Lookup.apply(  # type: ignore[no-untyped-call]
+            ids, self.weight, self.gradient_sum, self.padding_idx
+        )
+        return rows
+
+
+def sum_inside(model: Any, sums: Mapping[torch.nn.Parameter, GradientSum]) -> int:
+    """Let the modules of a transformers model add to `sums` where they make their weights' gradients.
+
+    To be called after the engine took the model, and after `attach_loss`. Left alone: weights that several layers share
+    (their gradients are summed before), modules with a forward of their own, and whatever else has weights.
 
     Returns:
-        How many.
+        How many linear maps inside the decoder layers.
     """
     places = Counter(
         id(parameter)
@@ -149,4 +201,19 @@ def sum_inside(model: Any, sums: Mapping[torch.nn.Parameter, GradientSum]) -> in
             linear.__class__ = SummedLinear
             linear.gradient_total, linear.gradient_filled = sums[weight].total, sums[weight].filled
             count += 1
+    _sum_at_the_ends(model, sums)
     return count
+
+
+def _sum_at_the_ends(model: Any, sums: Mapping[torch.nn.Parameter, GradientSum]) -> None:
+    """The embedding and the output head, which may share one weight: each adds to its sum by itself.
+
+    The head does so in `foretune.model.loss`, which reads the attribute.
+    """
+    table, head = model.get_input_embeddings(), model.get_output_embeddings()
+    is_plain = type(table) is torch.nn.Embedding and "forward" not in vars(table)
+    if is_plain and table.weight in sums and table.max_norm is None and not (table.sparse or table.scale_grad_by_freq):
+        table.__class__ = SummedEmbedding
+        table.gradient_sum = sums[table.weight]
+    if type(head) is torch.nn.Linear and head.weight in sums:
+        head.gradient_sum = sums[head.weight]

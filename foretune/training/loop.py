@@ -21,7 +21,7 @@ from foretune.data import Loader
 from foretune.engine import Engine
 from foretune.training.clock import PhaseClock
 from foretune.training.guard import check_loss
-from foretune.training.objective import negative_log_likelihood, scaled_loss, to_device
+from foretune.training.objective import negative_log_likelihood, share_of_mean, to_device
 from foretune.training.state import TrainState
 
 
@@ -88,16 +88,16 @@ def train(
         with clock.host("data"):
             batch = upcoming or loader.step(state.step)
         nll = torch.zeros((), dtype=torch.float64, device=engine.device)
+        scale = share_of_mean(world_size=engine.world_size, target_tokens=batch.target_tokens)
         for micro_batch in batch.micro_batches:
             with clock.host("data"):
                 inputs = to_device(micro_batch, engine.device)
             enter("forward", state.step)
             with clock.device("forward"):
-                micro_nll = negative_log_likelihood(engine, inputs)
+                micro_nll = negative_log_likelihood(engine, inputs, gradient_scale=scale)
             enter("backward", state.step)
             with clock.device("backward"):
-                loss = scaled_loss(micro_nll, world_size=engine.world_size, target_tokens=batch.target_tokens)
-                engine.backward(loss)
+                engine.backward(micro_nll * scale)
             nll += micro_nll.detach()
         rate = learning_rate(state.step)
         with clock.host("data"):  # while the device is busy: nothing has been waited for yet

@@ -52,12 +52,18 @@ def to_device(micro_batch: MicroBatch, device: torch.device) -> dict[str, torch.
     return tensors
 
 
-def negative_log_likelihood(engine: Engine, inputs: dict[str, Any]) -> torch.Tensor:
-    """Forward one micro-batch: Σ nll over its targets, a scalar in float32 that can be differentiated."""
-    result: torch.Tensor = engine(**inputs)
+def negative_log_likelihood(
+    engine: Engine, inputs: dict[str, Any], *, gradient_scale: float | None = None
+) -> torch.Tensor:
+    """Forward one micro-batch: Σ nll over its targets, a scalar in float32 that can be differentiated.
+
+    Args:
+        gradient_scale: what it will be multiplied by before its backward pass, if there is one.
+    """
+    result: torch.Tensor = engine(**inputs, gradient_scale=gradient_scale)
     return result
 
 
-def scaled_loss(nll: torch.Tensor, *, world_size: int, target_tokens: int) -> torch.Tensor:
-    """This rank's and micro-batch's share of the global mean loss, see the head of this file."""
-    return nll * (world_size / target_tokens)
+def share_of_mean(*, world_size: int, target_tokens: int) -> float:
+    """What makes of Σ nll a micro-batch's and rank's share of the global mean loss, see the head of this file."""
+    return world_size / target_tokens

@@ -47,14 +47,16 @@ def sums_of(model: torch.nn.Module) -> dict[torch.nn.Parameter, GradientSum]:
     return sums
 
 
-def trained(model, sums: dict[torch.nn.Parameter, GradientSum]) -> tuple[list[float], dict[str, torch.Tensor]]:
-    """Losses and sums of three micro-batches of 2 x 19 tokens."""
+def trained(
+    model, sums: dict[torch.nn.Parameter, GradientSum], *, scale: float | None = None
+) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """Losses and sums of three micro-batches of 2 x 19 tokens; with a scale the loss is told it beforehand."""
     attach_loss(model, chunk_tokens=7)
     losses = []
     for seed in range(MICRO_BATCHES):
         ids = torch.randint(0, VOCAB, (2, 19), generator=torch.Generator().manual_seed(seed))
-        loss = model(input_ids=ids, shift_labels=ids.roll(-1, 1))
-        loss.backward()
+        loss = model(input_ids=ids, shift_labels=ids.roll(-1, 1), gradient_scale=scale)
+        (loss * (scale or 1.0)).backward()
         losses.append(float(loss.detach()))
     return losses, {name: sums[p].total for name, p in model.named_parameters() if sums[p].filled}
 
@@ -74,7 +76,10 @@ def pair(family: str, checkpointed: int = 0) -> tuple[torch.nn.Module, torch.nn.
 @pytest.mark.parametrize("checkpointed", [0, 1, LAYERS])
 @pytest.mark.parametrize("family", CONFIGS)
 def test_same_losses_and_sums(family: str, checkpointed: int) -> None:
-    """On a CPU to the bit: it rounds the product to 16 bits before it adds, as autograd does."""
+    """On a CPU to the bit: it rounds the product to 16 bits before it adds, as autograd does.
+
+    Of an embedding autograd also rounds the sum over a token's places, and of a tied one what comes of head and lookup.
+    """
     plain, inside = pair(family, checkpointed)
     sums = sums_of(inside)
     assert sum_inside(inside, sums) == LAYERS * CONFIGS[family][1]
@@ -83,7 +88,10 @@ def test_same_losses_and_sums(family: str, checkpointed: int) -> None:
     assert inside_losses == losses
     assert inside_totals.keys() == totals.keys()
     for name, total in totals.items():
-        assert torch.equal(inside_totals[name], total), name
+        if total.shape[0] == VOCAB:
+            torch.testing.assert_close(inside_totals[name], total, rtol=1e-2, atol=1e-2 * float(total.abs().max()))
+        else:
+            assert torch.equal(inside_totals[name], total), name
 
 
 @pytest.mark.filterwarnings("ignore")  # of torch's compiler about itself
@@ -103,6 +111,36 @@ def test_compiled_layers_share_one_graph(family: str, checkpointed: int) -> None
     assert graphs[1] == graphs[0] > 0, graphs
     for name, total in totals[0].items():
         torch.testing.assert_close(totals[1][name], total, rtol=1e-2, atol=1e-2 * float(total.abs().max()), msg=name)
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_both_ends_add_to_their_sums(family: str) -> None:
+    """Embedding and head, tied or not; told the loss's scale, the head adds as it computes. fp32 against autograd."""
+    scale = 1 / 37
+    plain, inside = (model.float() for model in pair(family))
+    taken: list[torch.Tensor | None] = []
+    for module in (inside.get_input_embeddings(), inside.get_output_embeddings()):
+        module.weight.register_post_accumulate_grad_hook(lambda parameter: taken.append(parameter.grad))
+    sums = sums_of(inside)
+    sum_inside(inside, sums)
+    losses, totals = trained(plain, sums_of(plain), scale=None)
+    inside_losses, inside_totals = trained(inside, sums, scale=scale)
+    has_own_forward = type(inside.get_input_embeddings()) is not weight_sums.SummedEmbedding
+    made = [gradient for gradient in taken if gradient is not None]
+    assert bool(made) == has_own_forward  # autograd made none of them
+    assert inside_losses == losses
+    assert inside_totals.keys() == totals.keys()
+    for name, total in totals.items():
+        error = (inside_totals[name] - scale * total).norm() / (scale * total).norm()
+        assert float(error) <= 1e-5, name  # where the scale comes in moves roundings; some gradients nearly cancel
+
+
+def test_rows_without_use_have_no_gradient() -> None:
+    table = weight_sums.SummedEmbedding(5, 2, padding_idx=1)
+    (table.gradient_sum,), _ = sums_over([table.weight], [torch.full((10,), float("nan"))])
+    table(torch.tensor([[0, 1, 0, 4]])).sum().backward()
+    assert table.weight.grad is None
+    assert table.gradient_sum.total.tolist() == [[2.0, 2.0], [0.0, 0.0], [0.0, 0.0], [0.0, 0.0], [1.0, 1.0]]
 
 
 def test_shared_weights_and_evaluation_are_left_alone() -> None:

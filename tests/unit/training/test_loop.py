@@ -26,7 +26,7 @@ class TinyModel(torch.nn.Module):
         torch.manual_seed(0)
         self.table = torch.nn.Embedding(VOCAB, VOCAB)
 
-    def forward(self, input_ids, position_ids, shift_labels, target_index):
+    def forward(self, input_ids, position_ids, shift_labels, target_index, gradient_scale):
         logits = self.table(input_ids).flatten(0, 1)[target_index]
         labels = shift_labels.flatten()[target_index]
         return torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
