@@ -35,6 +35,7 @@ def build(
     streamed_share: float = 0.0,
     eight_bits: bool = False,
     summed: bool = False,
+    recompute_pointwise: bool = False,
 ) -> tuple[Any, dict[str, Any]]:
     """(engine, what was put in): packed attention and compiled layers where there is a GPU.
 
@@ -45,6 +46,7 @@ def build(
         float8: linear maps of the layers in 8 bits.
         eight_bits: Adam's moments, with no master weights.
         deepspeed_ratio: of the optimizer, for DeepSpeed's own offload in `config`.
+        recompute_pointwise: compiled layers make norms' outputs and gated products again.
         summed: weight gradients are added to their fp32 sums inside the product.
     """
     from transformers import AutoModelForCausalLM, Qwen2Config
@@ -75,7 +77,7 @@ def build(
                              eight_bits=EightBits(0, compiled=compiled) if eight_bits else None)  # fmt: skip
     summing = sum_inside(model, engine.gradient_sums) if summed else 0
     if compiled:
-        compilation.compile_layers(model)
+        compilation.compile_layers(model, recompute_pointwise=recompute_pointwise)
     facts = {"parameters": parameters, "packed_attention": packed, "compiled": compiled, "tiled_mlps": tiles,
              "float8_linears": linears, "checkpointed_layers": layers, "summed_linears": summing}  # fmt: skip
     return engine, facts

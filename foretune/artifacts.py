@@ -259,6 +259,7 @@ class Plan(Artifact):
     compile_layers: bool = False
     sum_in_matmul: bool = False  # weight gradients are added to their fp32 sums inside the product
     mlp_tile_rows: int = 0  # rows of an MLP that exist at a time; 0: all
+    recompute_pointwise: bool = False  # compiled layers make norms' outputs and gated products again in backward
     fp8: bool = False  # linear maps of the layers in 8-bit floats: other numerics
     global_batch_size: int
     max_length: int

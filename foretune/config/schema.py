@@ -141,6 +141,10 @@ class PlanConfig(Section):
     mlp_tile_rows: Annotated[int, Field(ge=0)] | Auto = Field(
         "auto", description="rows of an MLP that exist at a time, for long rows; 0 is all of them (not at ZeRO-3)"
     )
+    recompute_pointwise: Annotated[
+        bool | Auto,
+        Field(description="compiled layers make norms' outputs and gated products again instead of keeping them"),
+    ] = "auto"
     reduce_bucket_size: Annotated[PositiveInt | Auto, Field(description="gradients that are reduced at a time")] = (
         "auto"
     )

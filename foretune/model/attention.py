@@ -10,7 +10,8 @@ micro-batch builds no [B, 1, L, L] mask and asks the device nothing; the cost of
 The kernels are torch's own (`aten::_flash_attention_forward`, the same that `varlen_attn` calls; named here because its
 signature changed with every release since 2.10). CUDA, 16 bits, head sizes that are multiples of 8 up to 256. Where all
 documents of a micro-batch happen to have one length (whole rows of a long text), a batch of them goes to cuDNN's kernel
-for Hopper and later: 1.6 ms a layer instead of 2.7 on an H100 (12 heads of 128, 4 rows of 4096).
+for Hopper and later: 1.6 ms a layer instead of 2.7 on an H100 (12 heads of 128, 4 rows of 4096). Where FlashAttention-4
+is installed, its kernels are faster than both (`foretune.model.flash_attention_4`).
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+
+from foretune.model import flash_attention_4
 
 #: The name under which transformers knows it.
 PACKED_ATTENTION = "foretune_packed"
@@ -170,6 +173,8 @@ def _forward_op(  # noqa: PLR0917 (operators take positions)
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Over tokens [T, heads, d]; returns the output and the log-sum-exp [heads, T] that backward needs."""
     most = int(longest)  # on the CPU: waits for nothing
+    if flash_attention_4.takes(query):
+        return flash_attention_4.forward(query, key, value, bounds, most, scale, window)
     if _are_one_batch(query, bounds, most, window):
         return _batch_forward(query, key, value, most, scale)
     output, log_normalizer, *_ = torch.ops.aten._flash_attention_forward(
@@ -204,6 +209,9 @@ def _backward_op(  # noqa: PLR0917 (operators take positions)
     window: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     most = int(longest)
+    if flash_attention_4.takes(query):
+        inputs = (query, key, value, output, log_normalizer, bounds, most, scale, window)
+        return flash_attention_4.backward(gradient, *inputs)
     if _are_one_batch(query, bounds, most, window):
         return _batch_backward(gradient, query, key, value, output, log_normalizer, most, scale)
     # The state of dropout's random numbers, of which there is none.

@@ -21,6 +21,7 @@ from types import MethodType
 from typing import Any
 
 import torch
+import torch._functorch.config as functorch_config
 import torch.utils.checkpoint
 
 from foretune.model.layers import decoder_layers
@@ -41,12 +42,16 @@ def refusal(device: torch.device) -> str | None:
     return None
 
 
-def compile_layers(model: Any, *, backend: str = "inductor", cache: Path = CACHE) -> int:
+def compile_layers(
+    model: Any, *, recompute_pointwise: bool = False, backend: str = "inductor", cache: Path = CACHE
+) -> int:
     """Compile the decoder layers of a transformers model, adapted or not, whose parameters are whole (not ZeRO-3).
 
     To be called after the engine took the model, and after `loading.checkpoint_layers`: what that asked for is kept.
 
     Args:
+        recompute_pointwise: keep nothing that a fused kernel can make again from what is kept: what the norms give to
+            the linear maps, and gated products. A third less is kept, for one more write each in backward.
         cache: folder in which torch keeps compiled code from one start to the next.
 
     Returns:
@@ -54,6 +59,7 @@ def compile_layers(model: Any, *, backend: str = "inductor", cache: Path = CACHE
     """
     # torch reads where its cache is from here alone; a user's own choice is kept.
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache))
+    _keep_products(not recompute_pointwise)
     layers = decoder_layers(model)
     compiled: dict[type, Callable[..., Any]] = {}
     for layer in layers:
@@ -65,6 +71,17 @@ def compile_layers(model: Any, *, backend: str = "inductor", cache: Path = CACHE
         )
         layer.gradient_checkpointing = False  # the dispatch does it, outside the compiled code
     return len(layers)
+
+
+def _keep_products(keep: bool) -> None:
+    """Of the whole process: torch cuts a layer's graph in two at its first call.
+
+    What a matrix product reads in backward it keeps by default, even where a kernel that runs there anyway could write
+    it.
+    """
+    if functorch_config.ban_recompute_materialized_backward != keep:
+        functorch_config.ban_recompute_materialized_backward = keep
+        torch._dynamo.reset()  # graphs that are there were cut the other way
 
 
 def compiled_graphs() -> int:

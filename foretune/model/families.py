@@ -91,6 +91,7 @@ class Saved:
 
     `hidden` and `mlp` are multiples of h and i in the model's dtype, `hidden_fp32` of h in fp32 (the input of an RMS
     norm). `norms` RMS norms also keep their normalised value for their weight's gradient, in fp32 where `wide`.
+    `made_again`: multiples of h that compiled layers can make again from what else is kept (`plan.recompute_pointwise`).
     """
 
     hidden: int
@@ -101,6 +102,7 @@ class Saved:
     queries: int = 2  # rotated queries and the attention's output
     keys: int = 2  # rotated keys, and values
     qk_norm: bool = False
+    made_again: int = 2  # what the norms give to attention and MLP
     fp32_scores: bool = False  # the family has no SDPA: whole attention scores, queries and keys in fp32
 
 
@@ -188,7 +190,7 @@ def _gpt_neox(keys: Keys, s: Sizes) -> Anatomy:
         Linear("dense", s.h, s.h, bias),
         *_plain_mlp(s, "dense_h_to_4h", "dense_4h_to_h"),
     )
-    return Anatomy(linears, norms=4 * s.h, final_norm=2 * s.h, saved=Saved(hidden=6, mlp=2))
+    return Anatomy(linears, norms=4 * s.h, final_norm=2 * s.h, saved=Saved(hidden=6, mlp=2, made_again=1))
 
 
 def _opt(keys: Keys, s: Sizes) -> Anatomy:
@@ -255,7 +257,13 @@ def _gemma3(keys: Keys, s: Sizes) -> Anatomy:
 def _phi(keys: Keys, s: Sizes) -> Anatomy:
     linears = (*_attention(s, qkv_bias=True, out_bias=True, out="dense"), *_plain_mlp(s, "fc1", "fc2"))
     qk_norms = 4 * s.head_dim if keys.flag("qk_layernorm") else 0
-    return Anatomy(linears, norms=2 * s.h + qk_norms, final_norm=2 * s.h, saved=Saved(hidden=3, mlp=5), head_bias=True)
+    return Anatomy(
+        linears,
+        norms=2 * s.h + qk_norms,
+        final_norm=2 * s.h,
+        saved=Saved(hidden=3, mlp=5, made_again=1),
+        head_bias=True,
+    )
 
 
 def _phi3(keys: Keys, s: Sizes) -> Anatomy:

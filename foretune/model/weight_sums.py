@@ -55,7 +55,8 @@ class GradientSum:
         if not self.filled:
             self.total.zero_()
             self.filled.fill_(True)
-        self.total.index_put_((index,), rows.to(self.total.dtype), accumulate=True)
+        into, sums = sums_by_index(index, rows.to(self.total.dtype), at_most=len(self.total))
+        self.total.index_add_(0, into, sums)
 
     def take(self, parameter: torch.Tensor) -> None:
         """Add what autograd left in a parameter, and free it: the hook of a parameter whose gradient is there."""
@@ -75,6 +76,20 @@ def sums_over(
     filled = torch.zeros(len(parameters), dtype=torch.bool)
     pieces = zip(parameters, totals, filled.unbind(), strict=True)
     return [GradientSum(total.view(weight.shape).data, flag.data) for weight, total, flag in pieces], filled
+
+
+def sums_by_index(index: torch.Tensor, rows: torch.Tensor, *, at_most: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(where, what) to add: rows [T, h] summed by `index` int64 [T] below `at_most`, as many pairs as there were.
+
+    Each sum has one place, the rest are zeros for places anywhere: nothing waits for the device to count. A token that
+    fills half of a batch costs no more than others (a plain `index_put_`: 5.8 ms for 0.25, on an H100).
+    """
+    ordered, order = index.sort()
+    rank = torch.cumsum(torch.cat([ordered.new_zeros(1), (ordered[1:] != ordered[:-1]).long()]), 0)
+    sums = torch.ops.aten.embedding_dense_backward(rows, torch.empty_like(index).scatter_(0, order, rank), len(index),
+                                                   -1, False)  # fmt: skip
+    into = torch.arange(len(index), device=index.device).remainder_(at_most).scatter_(0, rank, ordered)
+    return into, sums
 
 
 def add_product(
@@ -148,7 +163,7 @@ class _Lookup(torch.autograd.Function):
     """Rows of an embedding. The weight gets no gradient from autograd."""
 
     @staticmethod
-    def forward(  # noqa: PLR0917 (autograd passes by position)
+    def forward(
         ctx: Any, ids: torch.Tensor, weight: torch.Tensor, into: GradientSum, unused: int | None
     ) -> torch.Tensor:
         ctx.save_for_backward(ids)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from foretune.artifacts import Alternative, Cluster, Decision, Prediction
 from foretune.config import Config
-from foretune.planning.predict import host, memory
+from foretune.planning.predict import activations, host, memory
 from foretune.planning.predict.timing import starting_seconds
 from foretune.planning.search import EQUALLY_FAST, Candidate, best_of_families, family_of
 from foretune.planning.search.pins import eight_bits_obstacle
@@ -88,6 +90,7 @@ def explain_strategy(
         "checkpointed_layers": (s.checkpointed_layers, f"activations: {recompute}; {fill}"),
         "loss_chunk_tokens": (s.loss_chunk_tokens, _explain_chunk(work, s)),
         "mlp_tile_rows": (s.mlp_tile_rows, _explain_tiles(work, s)),
+        "recompute_pointwise": (s.recompute_pointwise, _explain_recomputing(work, s)),
         "reduce_bucket_size": (s.reduce_bucket_size, _explain_bucket(work, s)),
         "sub_group_size": (s.sub_group_size, _explain_sub_group(s)),
     }
@@ -167,6 +170,19 @@ def _explain_tiles(work: Workload, s: Strategy) -> str:
         return f"MLPs in one piece, {gib(tokens * inner)} of inner values a layer: tiles would compute them again"
     kept = gib(s.mlp_tile_rows * inner)
     return f"{kept} of an MLP's inner values at a time instead of {gib(tokens * inner)}; computed again in backward"
+
+
+def _explain_recomputing(work: Workload, s: Strategy) -> str:
+    if not activations.is_compiled(work, s):
+        return "only compiled layers can"
+    if s.mlp_tile_rows:
+        return "MLPs in tiles compute themselves again"
+    other = replace(s, recompute_pointwise=not s.recompute_pointwise)
+    tokens = s.micro_batch_size * work.max_length
+    here, there = (gib(tokens * activations.layer_bytes_per_token(work, one)) for one in (s, other))
+    if s.recompute_pointwise:
+        return f"norms and gated products are made again: {here} a layer instead of {there}"
+    return f"{here} a layer fits; to make norms and gated products again would keep {there}, and take time"
 
 
 def _explain_bucket(work: Workload, s: Strategy) -> str:

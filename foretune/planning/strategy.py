@@ -75,6 +75,7 @@ class Strategy:
     nvme: bool = False  # what is offloaded lies on NVMe, not in host memory
     streamed: bool = False
     mlp_tile_rows: int = 0  # rows of an MLP that exist at a time; 0 is all of them
+    recompute_pointwise: bool = False  # compiled layers make norms' outputs and gated products again in backward
 
     def sized_for(self, work: Workload) -> Strategy:
         """With buckets and sub-groups as they are derived from the model."""

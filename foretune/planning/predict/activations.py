@@ -19,7 +19,9 @@ def is_compiled(work: Workload, strategy: Strategy) -> bool:
     return work.compiled and strategy.zero_stage < 3
 
 
-def activation_bytes_per_token_layer(work: Workload, *, compiled: bool = False, tiled: bool = False) -> int:
+def activation_bytes_per_token_layer(
+    work: Workload, *, compiled: bool = False, tiled: bool = False, again: bool = False
+) -> int:
     """What one layer keeps for backward, per token: the tensors that autograd saves of Hugging Face's own layers.
 
     A Llama layer, b bytes an element: two RMS norms compute in fp32 and keep their input (4h), its normalised value for
@@ -32,8 +34,8 @@ def activation_bytes_per_token_layer(work: Workload, *, compiled: bool = False, 
     whole scores are kept (8 bytes a head and position).
 
     Compiled layers keep what a minimal cut through their graph crosses (torch's partitioner, measured per family): one
-    of two fp32 norm inputs, no normalised values, and gate, up and product of the MLP. MLPs in tiles keep nothing
-    inside.
+    of two fp32 norm inputs, no normalised values, and gate, up and product of the MLP. Where they make pointwise values
+    `again`, that product and the norms' outputs are not kept either. MLPs in tiles keep nothing inside.
     """
     shape, b, saved = work.shape, work.parameter_bytes, work.shape.saved
     h, q, k = shape.hidden_size, shape.num_attention_heads * shape.head_dim, shape.num_key_value_heads * shape.head_dim
@@ -54,6 +56,9 @@ def activation_bytes_per_token_layer(work: Workload, *, compiled: bool = False, 
         attention += b * (q + k) if compiled else (4 + normalised) * (q + k)
     adapters = sum(linear.copies for linear in shape.linears) * b * work.lora_rank
     mlp = 0 if tiled else _COMPILED_MLP.get(saved.mlp, saved.mlp) if compiled else saved.mlp
+    if again:
+        hidden -= b * saved.made_again * h
+        mlp -= 1
     return hidden + attention + b * mlp * shape.intermediate_size + adapters + 16
 
 
@@ -82,7 +87,13 @@ def tile_bytes(work: Workload, strategy: Strategy) -> int:
 def layer_bytes_per_token(work: Workload, strategy: Strategy) -> int:
     """What one layer keeps for backward as a strategy runs it."""
     compiled, tiled = is_compiled(work, strategy), strategy.mlp_tile_rows > 0
-    return activation_bytes_per_token_layer(work, compiled=compiled, tiled=tiled)
+    again = makes_again(work, strategy)
+    return activation_bytes_per_token_layer(work, compiled=compiled, tiled=tiled, again=again)
+
+
+def makes_again(work: Workload, strategy: Strategy) -> bool:
+    """Whether the layers make pointwise values again in backward: compiled ones can, with whole MLPs."""
+    return strategy.recompute_pointwise and is_compiled(work, strategy) and not strategy.mlp_tile_rows
 
 
 def activation_bytes(work: Workload, strategy: Strategy) -> int:
@@ -125,18 +136,24 @@ def added_bytes_per_logit(work: Workload) -> int:
     return 4 if work.parameter_bytes == 4 else 2 * work.parameter_bytes
 
 
-def loss_bytes(work: Workload, strategy: Strategy) -> int:
+def own_head_gradient(work: Workload, *, summed: bool) -> int:
+    """Elements of the gradient that the loss keeps of the output head: none if it is frozen, or `summed` elsewhere."""
+    return 0 if work.lora_rank or summed else work.shape.vocab_size * work.shape.hidden_size
+
+
+def loss_bytes(work: Workload, strategy: Strategy, *, summed: bool = False) -> int:
     """Linear cross-entropy: one chunk of logits, the head's gradient, the gradient of the hidden states (bTh).
 
-    The head's gradient is summed in fp32 (4Vh) where the head is trained; when a chunk's share (bVh) is added, see
-    `added_bytes_per_logit`. A head that does more than multiply has whole logits (14 V bytes a token).
+    The head's gradient is summed in fp32 (4Vh) where the head is trained, unless it goes straight to the `summed`
+    gradients of the step; when a chunk's share (bVh) is added, see `added_bytes_per_logit`. A head that does more than
+    multiply has whole logits (14 V bytes a token).
     """
     shape, b = work.shape, work.parameter_bytes
     tokens = strategy.micro_batch_size * work.max_length
     if not shape.plain_head:
         return 14 * shape.vocab_size * tokens
     chunk = min(strategy.loss_chunk_tokens, tokens) * shape.vocab_size
-    head = shape.vocab_size * shape.hidden_size if not work.lora_rank else 0
+    head = own_head_gradient(work, summed=summed)
     logits, adding = (
         logit_bytes(work, strategy) * chunk + 4 * head,
         added_bytes_per_logit(work) * chunk + (4 + b) * head,
@@ -144,7 +161,7 @@ def loss_bytes(work: Workload, strategy: Strategy) -> int:
     return max(logits, adding) + tokens * b * shape.hidden_size
 
 
-def head_gradient_bytes(work: Workload, strategy: Strategy) -> int:
+def head_gradient_bytes(work: Workload, strategy: Strategy, *, summed: bool = False) -> int:
     """What the loss hands to backward: the gradients of hidden states and head.
 
     At the worst moment a few rows of the former are widened to be scaled, or the latter is rounded from its fp32 sum.
@@ -153,6 +170,6 @@ def head_gradient_bytes(work: Workload, strategy: Strategy) -> int:
     tokens = strategy.micro_batch_size * work.max_length
     if not shape.plain_head:
         return 6 * shape.vocab_size * tokens
-    head = 0 if work.lora_rank else shape.vocab_size
+    head = own_head_gradient(work, summed=summed) // shape.hidden_size
     widened = 4 * max(min(tokens, SCALED_ROWS), head) if b < 4 else 0
     return (b * (tokens + head) + widened) * shape.hidden_size

@@ -120,6 +120,7 @@ def _gradients(phase: str, work: Workload, strategy: Strategy, cluster: Cluster)
     size = memory.phases(work, strategy, cluster)[phase]["gradients"]
     a, b, trained, ranks = work.gradient_bytes, work.parameter_bytes, work.trainable, cluster.world_size
     widest = work.shape.vocab_size * work.shape.hidden_size
+    tokens = strategy.micro_batch_size * work.max_length
     choices = [
         (a * trained, "a·ψt", f"{a} · {trained:,}"),
         (b * trained, "b·ψt", f"{b} · {trained:,}"),
@@ -135,6 +136,7 @@ def _gradients(phase: str, work: Workload, strategy: Strategy, cluster: Cluster)
         (b * widest, " + b·V·h", f" + {b} · {work.shape.vocab_size:,} · {work.shape.hidden_size}"),
         (2 * b * widest, " + 2b·V·h", f" + 2 · {b} · {work.shape.vocab_size:,} · {work.shape.hidden_size}"),
         (b * trained, " + b·ψt", f" + {b} · {trained:,}"),
+        (8 * tokens * work.shape.hidden_size, " + 8·T·h", f" + 8 · {tokens:,} · {work.shape.hidden_size}"),
     ]
     for value, formula, numbers in choices:
         for more, added, figures in extras:
@@ -151,7 +153,8 @@ def _activations(phase: str, work: Workload, strategy: Strategy) -> Iterator[Der
     compiled, tile = activations.is_compiled(work, strategy), strategy.mlp_tile_rows
     saved = activations.layer_bytes_per_token(work, strategy)
     inside = activations.working_bytes_per_token(work, tiled=tile > 0)
-    kind = f"{shape.family}{', compiled' if compiled else ''}{', MLPs in tiles' if tile else ''}"
+    again = ", pointwise values made again" if activations.makes_again(work, strategy) else ""
+    kind = f"{shape.family}{', compiled' if compiled else ''}{', MLPs in tiles' if tile else ''}{again}"
     what = f"A = {saved:,} bytes a token and layer that autograd saves ({kind})"
 
     def line(formula: str, numbers: str, value: int, source: str = "") -> Derivation:
@@ -192,19 +195,21 @@ def _loss(phase: str, work: Workload, strategy: Strategy) -> Iterator[Derivation
     def line(formula: str, numbers: str, value: int, source: str) -> Derivation:
         return Derivation(part="loss", formula=formula, numbers=numbers, value=value, source=source)
 
+    summed = memory.sums_inside(work, strategy)
+    head = activations.own_head_gradient(work, summed=summed)
     if not shape.plain_head:
         per_logit = 14 if phase == "loss" else 6
         numbers = f"{per_logit} · {tokens:,} · {vocabulary:,}"
         yield line(f"{per_logit}·T·V", numbers, per_logit * tokens * vocabulary, "whole logits in several formats")
         return
     if phase == "backward":
-        value = activations.head_gradient_bytes(work, strategy)
-        yield line(
-            "b·(V + T)·h + …", f"{b} · ({vocabulary:,} + {tokens:,}) · {h}", value, "gradients of head and hidden"
-        )
+        value = activations.head_gradient_bytes(work, strategy, summed=summed)
+        if head:
+            yield line("b·(V + T)·h + …", f"{b} · ({vocabulary:,} + {tokens:,}) · {h}", value, "of head and hidden")
+        else:
+            yield line("b·T·h + …", f"{b} · {tokens:,} · {h}", value, "gradient of the hidden states, as it is scaled")
         return
     per_logit, chunk = activations.logit_bytes(work, strategy), min(strategy.loss_chunk_tokens, tokens)
-    head = 0 if work.lora_rank else vocabulary * h
     added = activations.added_bytes_per_logit(work)
     if per_logit * chunk * vocabulary + 4 * head < added * chunk * vocabulary + (4 + b) * head:
         per_logit = added

@@ -86,14 +86,15 @@ def phases(work: Workload, strategy: Strategy, cluster: Cluster) -> dict[str, di
     gradients, transient = _gradient_bytes(work, strategy, shard, stays, whole=whole)
     # Malloc does not give activations the memory of freed gradients, whose sizes are others.
     earlier = gradients if on_cpu else _gradients_in_forward(work, strategy, gradients, whole=whole)
-    head = activations.head_gradient_bytes(work, strategy)
+    summed = sums_inside(work, strategy)
+    head = activations.head_gradient_bytes(work, strategy, summed=summed)
     persistent, passing = buffer_bytes(work, strategy, cluster)
     gathered = gathered_bytes(work, strategy, cluster.world_size)
     varying = {
         "loss": {
             "gradients": earlier,
             "activations": kept,
-            "loss": activations.loss_bytes(work, strategy),
+            "loss": activations.loss_bytes(work, strategy, summed=summed),
             "buffers": persistent + gathered,
         },
         "backward": {
@@ -190,7 +191,7 @@ def sums_apart(work: Workload, strategy: Strategy) -> bool:
 
 
 def sums_inside(work: Workload, strategy: Strategy) -> bool:
-    """Whether linear maps add their weights' gradients to the fp32 sums in the product (`foretune.model.weight_sums`).
+    """Whether weights' gradients are added to their fp32 sums where they are made (`foretune.model.weight_sums`).
 
     Tiles of an MLP sum by themselves; of adapters the sums are small.
     """
@@ -286,6 +287,8 @@ def _gradient_bytes(work: Workload, strategy: Strategy, shard: int, stays: float
     if stage == 0:
         return b * trained, b * widest
     if stage == 1:
+        if sums_inside(work, strategy):  # of the embedding, rows in fp32 as they come and as they are added
+            return a * trained, 8 * strategy.micro_batch_size * work.max_length * work.shape.hidden_size
         if sums_apart(work, strategy):  # added to the standing fp32 buffer as they come
             return a * trained, b * widest
         # Summed in another format than they come in, gradients exist in both, and once more while they are added.

@@ -76,6 +76,7 @@ def fastest(candidates: list[Candidate]) -> Candidate | None:
             one.strategy.mlp_tile_rows > 0,
             one.strategy.zero_stage,
             one.strategy.checkpointed_layers,
+            one.strategy.recompute_pointwise,
             -one.strategy.loss_chunk_tokens,
             one.device.peak,
         ),

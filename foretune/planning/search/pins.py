@@ -49,6 +49,8 @@ def refuse_impossible_pins(config: Config, work: Workload, cluster: Cluster) -> 
     stage = None if plan.zero_stage == "auto" else plan.zero_stage
     if plan.mlp_tile_rows not in ("auto", 0) and (obstacle := tiling_obstacle(config, work, stage)):
         raise UserError("plan.mlp_tile_rows", plan.mlp_tile_rows, obstacle, "use auto or 0")
+    if plan.recompute_pointwise is True and (obstacle := recomputing_obstacle(config, cluster)):
+        raise UserError("plan.recompute_pointwise", True, obstacle, "use auto or false")
     if plan.nvme_path is not None and on_cpu:
         raise UserError("plan.nvme_path", plan.nvme_path, "DeepSpeed swaps a GPU's states only", "remove the key")
     if plan.optimizer_dtype not in ("auto", "fp32") and not config.allow_numerics:
@@ -114,6 +116,16 @@ def _own_step_obstacle(config: Config, work: Workload) -> str | None:
     if config.plan.zero_stage not in ("auto", 1):
         return f"it is written for ZeRO-1, and plan.zero_stage is {config.plan.zero_stage}"
     return None
+
+
+def recomputing_obstacle(config: Config, cluster: Cluster) -> str | None:
+    """Why layers cannot make pointwise values again: only compiled ones can, with whole MLPs; None if they can."""
+    plan = config.plan
+    if cluster.accelerator.kind != "cuda" or plan.compile is False or plan.zero_stage == 3 or not config.data.packing:
+        return "only compiled layers can, and these are not compiled"
+    if plan.fp8 is True:
+        return "8-bit linear maps keep what they multiply"
+    return "an MLP in tiles computes itself again" if plan.mlp_tile_rows not in ("auto", 0) else None
 
 
 def tiling_obstacle(config: Config, work: Workload, stage: int | None) -> str | None:

@@ -16,7 +16,7 @@ from math import ceil, floor
 from foretune.artifacts import Cluster
 from foretune.config import Config
 from foretune.errors import UserError
-from foretune.planning.predict import host, memory
+from foretune.planning.predict import activations, host, memory
 from foretune.planning.search.candidates import work_for
 from foretune.planning.search.pins import eight_bits_obstacle, pinned_share, streaming_obstacle, tiling_obstacle
 from foretune.planning.strategy import Stage, Strategy, Workload
@@ -39,10 +39,7 @@ def search_space(config: Config, work: Workload, cluster: Cluster) -> Iterator[S
     """Every combination worth looking at, with pins kept."""
     pinned_layers, pinned_chunk = config.plan.checkpointed_layers, config.plan.loss_chunk_tokens
     batches = list(_batches(config, work, cluster))
-    pinned_rows = config.plan.mlp_tile_rows
-    tile_rows = 0 if pinned_rows == "auto" else pinned_rows
-    for one in _layouts_with_sums(config, work, cluster):
-        layout = replace(one, mlp_tile_rows=tile_rows)
+    for layout in _layouts_with_kernels(config, work, cluster):
         hopeless = not _may_fit(config, work, replace(layout, micro_batch_size=batches[-1][0]), cluster)
         for micro_batch, steps in batches[-1:] if hopeless else batches:
             tokens = micro_batch * work.max_length
@@ -86,7 +83,7 @@ def _may_tile(config: Config, work: Workload, strategy: Strategy) -> bool:
 
 def _with_tiles(config: Config, work: Workload, strategy: Strategy, cluster: Cluster) -> Iterator[Strategy]:
     """A strategy with MLPs in tiles: inside them nothing is kept, so fewer layers recompute."""
-    tiled = replace(strategy, mlp_tile_rows=TILE_ROWS)
+    tiled = replace(strategy, mlp_tile_rows=TILE_ROWS, recompute_pointwise=False)
     layers = config.plan.checkpointed_layers
     layers = fewest_layers(work_for(work, tiled), tiled, cluster) if layers == "auto" else layers
     yield from _with_shares(config, work, replace(tiled, checkpointed_layers=layers), cluster)
@@ -115,11 +112,25 @@ def _least_share(work: Workload, strategy: Strategy, cluster: Cluster) -> float:
     return round(1.0 - min(1.0, stays), 2)
 
 
-def _layouts_with_sums(config: Config, work: Workload, cluster: Cluster) -> Iterator[Strategy]:
-    """Layouts; with `plan.sum_in_matmul` pinned, those whose gradients have fp32 sums of their own to add to."""
+def _layouts_with_kernels(config: Config, work: Workload, cluster: Cluster) -> Iterator[Strategy]:
+    """Layouts, with what their layers make again; where sums inside products are pinned, those that can have them."""
+    pinned_rows = config.plan.mlp_tile_rows
     for one in _layouts(config, work, cluster):
-        if config.plan.sum_in_matmul is not True or memory.sums_apart(work, one):
-            yield one
+        if config.plan.sum_in_matmul is True and not memory.sums_apart(work, one):
+            continue
+        layout = replace(one, mlp_tile_rows=0 if pinned_rows == "auto" else pinned_rows)
+        for again in _recomputing(config, work, layout):
+            yield replace(layout, recompute_pointwise=again)
+
+
+def _recomputing(config: Config, work: Workload, layout: Strategy) -> tuple[bool, ...]:
+    """Whether compiled layers make pointwise values again. With adapters that takes no time that could be measured."""
+    asked = config.plan.recompute_pointwise
+    if not activations.is_compiled(work, layout) or layout.mlp_tile_rows or config.plan.fp8 is True:
+        return (False,)
+    if asked != "auto":
+        return (asked,)
+    return (True,) if work.lora_rank else (False, True)
 
 
 def _layouts(config: Config, work: Workload, cluster: Cluster) -> Iterator[Strategy]:

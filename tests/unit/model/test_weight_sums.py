@@ -4,6 +4,8 @@ import copy
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
@@ -133,6 +135,15 @@ def test_both_ends_add_to_their_sums(family: str) -> None:
     for name, total in totals.items():
         error = (inside_totals[name] - scale * total).norm() / (scale * total).norm()
         assert float(error) <= 1e-5, name  # where the scale comes in moves roundings; some gradients nearly cancel
+
+
+@given(st.lists(st.integers(0, 5), min_size=1, max_size=40))
+def test_rows_are_summed_by_index(tokens: list[int]) -> None:
+    index, rows = torch.tensor(tokens), torch.arange(len(tokens) * 2.0).reshape(-1, 2)
+    into, sums = weight_sums.sums_by_index(index, rows, at_most=6)
+    assert into.shape == index.shape
+    expected = torch.zeros(6, 2).index_add(0, index, rows)
+    torch.testing.assert_close(torch.zeros(6, 2).index_add(0, into, sums), expected)
 
 
 def test_rows_without_use_have_no_gradient() -> None:

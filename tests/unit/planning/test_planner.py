@@ -220,12 +220,13 @@ def test_memory_that_real_runs_on_an_h100_took(
 ) -> None:
     """The 0.5B shape, 16 rows of 1024, torch 2.11: what its allocator had at most.
 
-    Measured while the loss still kept a chunk's logits and gradient in one more format: 2 bytes a logit more.
+    Measured while the loss still kept a chunk's logits and gradient in one more format (2 bytes a logit more), and its
+    head's gradient to itself.
     """
     pins = {"zero_stage": stage, "micro_batch_size_per_gpu": 16, "loss_chunk_tokens": 2048}
     config = config_of(
         method=method,
-        plan={**pins, "attention": "sdpa", "compile": False},
+        plan={**pins, "attention": "sdpa", "compile": False, "sum_in_matmul": False},
         train={"max_length": 1024, "global_batch_size": 16, "precision": precision},
     )
     parts = plan_of(config, ONE_H100, model="Qwen2.5-0.5B").predicted.gpu_memory_parts

@@ -46,8 +46,8 @@ def test_7b_on_one_80_gb_card_is_streamed(config_of: MakeConfig) -> None:
     """Enough of the optimizer leaves the device that a row at a time needs no layer recomputed."""
     plan = plan_of(config_of(train=SEVEN_B))
     assert (plan.zero_stage, plan.offload_optimizer_step, plan.compile_layers) == (1, "device", True)
-    assert 0.9 <= plan.offload_optimizer < 1
-    assert (plan.micro_batch_size_per_gpu, plan.checkpointed_layers) == (1, 0)
+    assert 0.8 <= plan.offload_optimizer < 0.9
+    assert (plan.micro_batch_size_per_gpu, plan.checkpointed_layers, plan.recompute_pointwise) == (1, 0, True)
     assert plan.predicted.tokens_per_second > 8000
     assert plan.predicted.gpu_memory_bytes <= memory.budget(plan.cluster)
     assert plan.predicted.host_memory_bytes_per_node <= host.host_budget(plan.cluster)

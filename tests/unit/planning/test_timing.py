@@ -136,12 +136,12 @@ def test_fp32_is_slower_than_bf16_on_a_gpu_and_faster_on_a_plain_cpu() -> None:
 
 
 def test_products_that_add_by_themselves_save_a_pass() -> None:
-    """About 0.2 ms a layer and micro-batch of the 1.5B shape, measured (docs/speed.md)."""
+    """1.5B shape, measured (docs/speed.md): 0.2 ms a layer and micro-batch, 3 ms of a micro-batch at both ends."""
     cluster = parse_hardware("1xH100-80GB")
     work = replace(work_of("qwen2.5-1.5b"), compiled=True)
     apart, inside = (
         step_time(replace(work, sums_inside=inside), Strategy(1, 4, 8), cluster).total for inside in (False, True)
     )
-    assert (apart - inside) / (7 * 28) == pytest.approx(0.2e-3, rel=0.15)
+    assert (apart - inside) / 7 == pytest.approx(28 * 0.2e-3 + 3e-3, rel=0.15)
     tiled = Strategy(1, 4, 8, mlp_tile_rows=4096)
     assert step_time(replace(work, sums_inside=True), tiled, cluster) == step_time(work, tiled, cluster)
