@@ -91,7 +91,7 @@ class Saved:
 
     `hidden` and `mlp` are multiples of h and i in the model's dtype, `hidden_fp32` of h in fp32 (the input of an RMS
     norm). `norms` RMS norms also keep their normalised value for their weight's gradient, in fp32 where `wide`.
-    `made_again`: multiples of h that compiled layers can make again from what else is kept (`plan.recompute_pointwise`).
+    `made_again`: multiples of h that compiled layers can make again (`plan.recompute_pointwise`).
     """
 
     hidden: int

@@ -1,10 +1,12 @@
 """FlashAttention-4 (Dao-AILab, `flash-attn-4`), where it is installed: packed attention for Hopper and Blackwell.
 
-An extra (`pip install foretune[flash]`), since it brings a compiler of 90 MB. On an H100, forward and backward: 12 heads
-of 128 over documents of 700 tokens on average 0.73 ms where torch's flash kernels take 1.33; of one length, 1.40 ms
-where cuDNN's take 1.55. Importing it takes 8 s and compiling a shape 5 to 7 s; what was compiled is kept on disk.
+An extra (`pip install foretune[flash]`), since it brings a compiler of 90 MB. On an H100, forward and backward, 4 rows of
+4096, 12 heads of 128: over documents of 700 tokens on average 0.73 ms where torch's flash kernels take 1.33; of one
+length, 1.40 ms where cuDNN's take 1.55. Importing it takes 8 s and compiling a shape 5 to 7 s; what was compiled is kept
+on disk.
 
-Its functions for one direction have no public name; those of 4.0.0b36 are called, and a version without them is not used.
+Its functions for one direction have no public name: those of 4.0.0b36 are called, and a version without them is not
+used.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ _HEADS, _DEVICES = (64, 128), (9, 10)
 
 
 def takes(query: torch.Tensor) -> bool:
-    """Whether it computes this query [T, heads, d]: installed, Hopper or data-centre Blackwell, a head size it knows."""
+    """Whether it computes this query [T, heads, d]: installed, Hopper or data-centre Blackwell, a known head size."""
     if query.shape[-1] not in _HEADS or not query.is_cuda:
         return False
     return torch.cuda.get_device_capability(query.device)[0] in _DEVICES and _kernels() is not None
@@ -59,7 +61,7 @@ def backward(  # noqa: PLR0917 (as the operator has them)
     scale: float | None,
     window: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of query, key and value. Where determinism is asked for, sums have one order, for a quarter more time."""
+    """Gradients of query, key and value. Where determinism is asked for, in one order: a quarter more time."""
     d_query, d_key, d_value = _kernels()._flash_attn_bwd(
         query, key, value, output, gradient.contiguous(), log_normalizer,
         deterministic=torch.are_deterministic_algorithms_enabled(), **_options(query, bounds, longest, scale, window),

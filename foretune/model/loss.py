@@ -6,8 +6,9 @@
 The forward pass already computes both gradients (they are linear in the incoming gradient), as in the Liger kernels
 (Hsu et al. 2024): memory for logits is ``chunk_tokens × V`` instead of ``N × V``, and nothing is computed twice.
 
-Where the head's gradients have an fp32 sum of their own (`foretune.model.weight_sums`) and the incoming gradient is known
-beforehand, dW goes there: the matrix product scales it and adds it. No dW lies in memory, is rounded or added again.
+Where the head's gradients have an fp32 sum of their own (`foretune.model.weight_sums`) and the incoming gradient is
+known beforehand, dW goes there: the matrix product scales it and adds it. No dW lies in memory, is rounded, is added
+again.
 """
 
 from __future__ import annotations

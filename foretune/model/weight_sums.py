@@ -231,4 +231,4 @@ def _sum_at_the_ends(model: Any, sums: Mapping[torch.nn.Parameter, GradientSum])
         table.__class__ = SummedEmbedding
         table.gradient_sum = sums[table.weight]
     if type(head) is torch.nn.Linear and head.weight in sums:
-        head.gradient_sum = sums[head.weight]
+        head.gradient_sum = sums[head.weight]  # type: ignore[index,assignment]
