@@ -1,8 +1,11 @@
 """The optimizer in host memory: states that pass through the device, beside DeepSpeed's own partial offload.
 
     python bench/offload.py [--shape 7B] [--contenders foretune,deepspeed] [--share 0.85] [--steps 4]
-    python bench/offload.py --contenders foretune --micro-batch 1 --checkpointed 0 --share 0.94 --chunk 4096  # planned
-    python bench/offload.py --contenders foretune-8bit --micro-batch 1 --checkpointed 11                      # planned
+
+As planned for one card of 80 GB:
+
+    python bench/offload.py --contenders foretune --micro-batch 1 --checkpointed 0 --again --chunk 4096 --share 0.83
+    python bench/offload.py --contenders foretune-8bit --micro-batch 1 --checkpointed 0 --again --chunk 4096
 
 The same random weights, rows of tokens, loss and packed attention for both; 16 rows of 4096 tokens a step, 4 at a time
 and every layer checkpointed where nothing else is said. `foretune`: ZeRO-1, fp32 sums on the device, compiled layers,
@@ -70,7 +73,7 @@ def run(spec: dict[str, Any]) -> dict[str, Any]:
         spec["shape"], engine_config(spec["contender"], spec["micro_batch"]), device=device,
         learning_rate=LEARNING_RATE, compiled=ours, checkpointed=spec["checkpointed"], chunk_tokens=spec["chunk"],
         deepspeed_ratio=0.0 if ours else RATIO, summed=ours, eight_bits=eight_bits,
-        streamed_share=spec["share"] if ours and not eight_bits else 0.0,
+        streamed_share=spec["share"] if ours and not eight_bits else 0.0, recompute_pointwise=spec["again"],
     )  # fmt: skip
     built = time.monotonic() - began
     facts |= _device_peaks(device, "building_")
@@ -142,6 +145,7 @@ def main() -> None:
     parser.add_argument("--share", type=float, default=0.85, help="of ours, in host memory")
     parser.add_argument("--micro-batch", type=int, default=4, choices=(1, 2, 4, 8, 16))
     parser.add_argument("--checkpointed", type=int, help="layers that recompute themselves (default: all)")
+    parser.add_argument("--again", action="store_true", help="norms' outputs and gated products are made again")
     parser.add_argument("--chunk", type=int, default=2048, help="tokens of a piece of the loss")
     parser.add_argument("--length", type=int, default=4096)
     parser.add_argument("--steps", type=int, default=5)
@@ -153,13 +157,13 @@ def main() -> None:
         for contender in asked.contenders.split(","):
             spec = {"contender": contender, "shape": SHAPES[asked.shape], "share": asked.share, "steps": asked.steps,
                     "micro_batch": asked.micro_batch, "checkpointed": asked.checkpointed, "chunk": asked.chunk,
-                    "rows": ROWS, "length": asked.length, "seed": 0}  # fmt: skip
+                    "again": asked.again, "rows": ROWS, "length": asked.length, "seed": 0}  # fmt: skip
             results[contender] = measure(spec, Path(work), asked.minutes * 60)
             print(contender, json.dumps(results[contender], indent=1), flush=True)
             save_result(f"offload-{asked.shape}", {
                 "machine": machine(), "shape": asked.shape, "rows": spec["rows"], "length": asked.length,
                 "share": asked.share, "micro_batch": asked.micro_batch, "checkpointed": asked.checkpointed,
-                "chunk": asked.chunk, "deepspeed_ratio": RATIO, "results": results,
+                "again": asked.again, "chunk": asked.chunk, "deepspeed_ratio": RATIO, "results": results,
             }, folder=asked.out)  # fmt: skip
 
 

@@ -1,9 +1,9 @@
 """FlashAttention-4 (Dao-AILab, `flash-attn-4`), where it is installed: packed attention for Hopper and Blackwell.
 
-An extra (`pip install foretune[flash]`), since it brings a compiler of 90 MB. On an H100, forward and backward, 4 rows of
-4096, 12 heads of 128: over documents of 700 tokens on average 0.73 ms where torch's flash kernels take 1.33; of one
-length, 1.40 ms where cuDNN's take 1.55. Importing it takes 8 s and compiling a shape 5 to 7 s; what was compiled is kept
-on disk.
+An extra (`pip install foretune[flash]`), since it brings a compiler of 90 MB. On an H100, forward and backward, 4 rows
+of 4096, 12 heads of 128: over documents of 700 tokens on average 0.73 ms where torch's flash kernels take 1.33; of one
+length, 1.40 ms where cuDNN's take 1.55. Importing it takes 8 s and compiling a shape 5 to 7 s; what was compiled is
+kept on disk.
 
 Its functions for one direction have no public name: those of 4.0.0b36 are called, and a version without them is not
 used.
