@@ -64,6 +64,7 @@ class Case:
     attention: str = "auto"
     streamed: bool = False
     sum_in_matmul: bool = True
+    recompute_pointwise: bool = True
 
     @property
     def name(self) -> str:
@@ -297,6 +298,7 @@ def _plan_of(case: Case, cluster: Any, folder: Path) -> tuple[Any, Any]:
         "offload_param": False,
         "attention": case.attention,
         "sum_in_matmul": "auto" if case.sum_in_matmul else False,
+        "recompute_pointwise": "auto" if case.recompute_pointwise else False,
         "compile": case.compile,
     }
     (folder / "config.json").write_text(json.dumps(known_config(case.model)))
@@ -371,7 +373,8 @@ def _again(path: Path) -> int:
     for result in values["results"]:
         if "predicted" not in result:
             continue
-        before = {"sum_in_matmul": False}  # what was measured before there was a choice
+        # What was measured before there was a choice.
+        before = {"sum_in_matmul": False, "recompute_pointwise": False}
         case = Case(**before | {name: value for name, value in result.items() if name in names})
         with tempfile.TemporaryDirectory(prefix="plan-accuracy-") as name:
             _, plan = _plan_of(case, Cluster.model_validate(result["cluster"]), Path(name))

@@ -49,6 +49,8 @@ CPU_OPTIMIZER_BYTES = 80.0
 EIGHT_BIT_OPTIMIZER_BYTES = {"compiled": 50.0, "eager": 180.0}
 #: Bytes that a dispatched adapter moves for each element of its linear's input and output where it is not fused.
 ADAPTER_INPUT_BYTES, ADAPTER_OUTPUT_BYTES = 6.0, 12.0
+#: The same of a compiled layer (7B, H100: a ninth of a step's kernels are products of rank 16 and what is added to).
+COMPILED_ADAPTER_BYTES = 4.9
 #: Host's seconds for a call that torch dispatches, Python above it included (fitted; CPU: no launch).
 CALL_SECONDS = {"cuda": 1.8e-5, "cpu": 7e-6}
 #: Of a compiled layer, both ways (fitted).
@@ -170,7 +172,9 @@ def _traffic(work: Workload, strategy: Strategy, cluster: Cluster) -> float:
     if compiled:
         kept = layer_bytes_per_token(work, replace(strategy, recompute_pointwise=False))
         per_layer = COMPILED_PASSES * (1.0 + share / 2) * kept
-        if makes_again(work, strategy) and not work.lora_rank:
+        if work.lora_rank:
+            per_layer += COMPILED_ADAPTER_BYTES * sum(one.copies * (one.inputs + one.outputs) for one in shape.linears)
+        elif makes_again(work, strategy):
             per_layer += b * (shape.intermediate_size + shape.saved.made_again * shape.hidden_size)
     else:
         # A third of it is forward, which is what is done again.
