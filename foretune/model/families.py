@@ -288,7 +288,7 @@ def _olmo2(keys: Keys, s: Sizes) -> Anatomy:
         (*_attention(s, qkv_bias=bias, out_bias=bias), *_gated_mlp(s)),
         norms=2 * s.h + s.q + s.k,
         final_norm=s.h,
-        saved=replace(_LLAMA_SAVED, qk_norm=True, wide=True),
+        saved=replace(_LLAMA_SAVED, qk_norm=True, wide=True, made_again=1),  # its norms come after the blocks
     )
 
 

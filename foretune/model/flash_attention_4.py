@@ -5,16 +5,15 @@ of 4096, 12 heads of 128: over documents of 700 tokens on average 0.73 ms where 
 length, 1.40 ms where cuDNN's take 1.55. Importing it takes 8 s and compiling a shape 5 to 7 s; what was compiled is
 kept on disk.
 
-Its functions for one direction have no public name: those of 4.0.0b36 are called, and a version without them is not
-used.
+Its functions for one direction have no public name and change: one version is known, and no other is used.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import warnings
 from functools import cache
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,9 @@ import torch
 
 #: Where compiled kernels are kept between starts.
 CACHE = Path.home() / ".cache" / "foretune" / "flash-attention-4"
-#: Head sizes that were compared with torch's kernels, and the devices.
+#: The version that was compared with torch's kernels.
+VERSION = "4.0.0b36"
+#: Head sizes that were compared, on the first of these; the second are those it is made for beside.
 _HEADS, _DEVICES = (64, 128), (9, 10)
 
 
@@ -85,8 +86,13 @@ def _options(
 
 @cache
 def _kernels() -> Any:
-    """The module with the functions; None where it is not installed or not the one that is known."""
-    if importlib.util.find_spec("flash_attn") is None or importlib.util.find_spec("flash_attn.cute") is None:
+    """The module with the functions; None where it is not installed, is another version or can't be imported."""
+    try:
+        version = metadata.version("flash-attn-4")
+    except metadata.PackageNotFoundError:
+        return None
+    if version != VERSION:
+        warnings.warn(f"flash-attn-4 {version} is not used: {VERSION} is known", stacklevel=2)
         return None
     # Read when it is imported; a user's own choice is kept.
     os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")
@@ -94,8 +100,7 @@ def _kernels() -> Any:
     warnings.filterwarnings("ignore", message="Argument aux_data")  # of its compiler, about its own parts
     try:
         from flash_attn.cute import interface
-    except ImportError as error:
+    except Exception as error:
         warnings.warn(f"flash-attn-4 is installed but can't be imported ({error}): it is not used", stacklevel=2)
         return None
-    known = hasattr(interface, "_flash_attn_fwd") and hasattr(interface, "_flash_attn_bwd")
-    return interface if known else None
+    return interface

@@ -80,12 +80,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 grad_bias += gradient.sum(0, dtype=wide)
         ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
         ctx.dtype = hidden.dtype
+        ctx.promised = None if weight_sum is None else gradient_scale
         ctx.is_spent = False
         return total
 
     @staticmethod
     def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         assert not ctx.is_spent, "the gradients were scaled in place: there is one backward pass"
+        if ctx.promised is not None and grad_output.device.type == "cpu":  # on a GPU the host would wait for it
+            assert abs(float(grad_output) - ctx.promised) <= 1e-6 * abs(ctx.promised), "another scale than was promised"
         ctx.is_spent = True
         return (*(_scaled(gradient, grad_output, ctx.dtype) for gradient in ctx.saved_tensors), *[None] * 5)
 
@@ -177,6 +180,8 @@ def linear_cross_entropy(
     Returns:
         Scalar in float32 (float64 for float64 inputs). It can be differentiated once.
     """
+    if not torch.is_grad_enabled():  # a function's forward is not told
+        hidden, weight, bias = hidden.detach(), weight.detach(), None if bias is None else bias.detach()
     result: torch.Tensor = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
         hidden, weight, bias, labels, chunk_tokens, fused, weight_sum, gradient_scale
     )

@@ -42,6 +42,7 @@ class ModelShape:
     head_parameters: int  # 0 when tied (but its bias, where it has one)
     soft_capped_attention: bool = False  # whole attention scores: no fused kernel computes them
     plain_head: bool = True  # the output head is a linear map and nothing more (no soft-capping, no scaling)
+    plain_embedding: bool = True  # torch's own lookup (Gemma scales what it looks up, in a class of its own)
     quantised: str | None = None  # the method, where the files hold quantised weights
     stored_dtype: str | None = None  # of the files, as config.json says it
     estimated: bool = False
@@ -212,6 +213,7 @@ def shape_of(values: Mapping[str, Any], *, origin: str) -> ModelShape:
         position_parameters=anatomy.positions,
         head_parameters=head + (s.vocab if anatomy.head_bias else 0),
         plain_head=all(keys.get(name) in (None, 0, 1) for name in _HEAD_EXTRAS),
+        plain_embedding=not family.startswith("gemma"),
         quantised=_quantisation(values),
         stored_dtype=dtype if isinstance(dtype, str) else None,
         estimated=family not in FAMILIES or nested is not None,

@@ -90,7 +90,7 @@ def explain_strategy(
         "checkpointed_layers": (s.checkpointed_layers, f"activations: {recompute}; {fill}"),
         "loss_chunk_tokens": (s.loss_chunk_tokens, _explain_chunk(work, s)),
         "mlp_tile_rows": (s.mlp_tile_rows, _explain_tiles(work, s)),
-        "recompute_pointwise": (s.recompute_pointwise, _explain_recomputing(work, s)),
+        "recompute_pointwise": (s.recompute_pointwise, _explain_recomputing(config, work, s)),
         "reduce_bucket_size": (s.reduce_bucket_size, _explain_bucket(work, s)),
         "sub_group_size": (s.sub_group_size, _explain_sub_group(s)),
     }
@@ -172,11 +172,13 @@ def _explain_tiles(work: Workload, s: Strategy) -> str:
     return f"{kept} of an MLP's inner values at a time instead of {gib(tokens * inner)}; computed again in backward"
 
 
-def _explain_recomputing(work: Workload, s: Strategy) -> str:
+def _explain_recomputing(config: Config, work: Workload, s: Strategy) -> str:
     if not activations.is_compiled(work, s):
         return "only compiled layers can"
     if s.mlp_tile_rows:
         return "MLPs in tiles compute themselves again"
+    if config.plan.fp8 is True:
+        return "8-bit linear maps keep what they multiply"
     other = replace(s, recompute_pointwise=not s.recompute_pointwise)
     tokens = s.micro_batch_size * work.max_length
     here, there = (gib(tokens * activations.layer_bytes_per_token(work, one)) for one in (s, other))

@@ -16,6 +16,7 @@ from foretune.planning.kernels import NO_SUMS_APART
 from foretune.planning.machines import catalogue
 from foretune.planning.predict import host, memory
 from foretune.planning.search import LOSS_CHUNKS, Candidate, best_of_families, evaluate, search_space
+from foretune.planning.search.pins import NOT_COMPILED
 from foretune.planning.strategy import GIB, Workload, gib
 
 #: Shorter rows than this are not proposed.
@@ -49,9 +50,11 @@ def nothing_fits(
 
 
 def _pins_exclude(config: Config) -> UserError:
-    """One key leaves no layout that another would allow: only these two narrow the search to some stages."""
+    """One key leaves no layout that another would allow: only these narrow the search to some stages."""
     if config.plan.sum_in_matmul is True:
         return UserError("plan.sum_in_matmul", True, NO_SUMS_APART, "remove the key")
+    if config.plan.recompute_pointwise is True:
+        return UserError("plan.recompute_pointwise", True, NOT_COMPILED, "remove the key")
     assert config.plan.fp8 is True
     return UserError(
         "plan.fp8", True, "the other keys leave only ZeRO-3, which has no whole weights to cast", "remove the key"

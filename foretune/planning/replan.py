@@ -1,6 +1,6 @@
 """Another plan after the device's memory did not do: the same mathematics, less memory at a time.
 
-smaller micro-batches, more of them ──▶ more layers recompute ──▶ a streamed optimizer leaves the device whole ──▶ None
+smaller micro-batches, more of them ──▶ pointwise values made again ──▶ layers recompute ──▶ all is streamed ──▶ None
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from foretune.planning.shapes import known_shape
 
 
 def after_out_of_memory(plan: Plan) -> Plan | None:
-    """Half the micro-batch at the same global batch; at one row, every layer recomputed; all streamed; then None.
+    """Half the micro-batch at the same global batch; at one row, compiled layers make pointwise values again; then all
+    layers recompute; then all of a streamed optimizer leaves the device; then None.
 
     The update stays the same up to floating-point order. Predictions stay those of the first plan: `Plan.replanned`.
     """
@@ -35,6 +36,10 @@ def after_out_of_memory(plan: Plan) -> Plan | None:
                 "train_batch_size": micro * steps * plan.world_size,
             },
         )
+    if plan.compile_layers and not (plan.recompute_pointwise or plan.mlp_tile_rows or plan.fp8):
+        reason = "the device ran out of memory with norms' outputs and gated products kept"
+        decision = Decision(field="plan.recompute_pointwise", value=True, reason=reason)
+        return _changed(plan, decision, recompute_pointwise=True)
     layers = _layers(plan.model)
     if plan.checkpointed_layers < layers:
         reason = f"the device ran out of memory with {plan.checkpointed_layers} of {layers} layers recomputed"

@@ -62,14 +62,15 @@ def activation_bytes_per_token_layer(
     return hidden + attention + b * mlp * shape.intermediate_size + adapters + 16
 
 
-def working_bytes_per_token(work: Workload, *, tiled: bool = False) -> int:
+def working_bytes_per_token(work: Workload, *, tiled: bool = False, again: bool = False) -> int:
     """What a layer's backward holds beside what was saved: gradients of the MLP's inner values and of its ends.
 
-    In tiles: of its ends, and its output, which is made in one piece.
+    In tiles: of its ends, and its output, which is made in one piece. A product that is made `again` lies beside them.
     """
-    shape = work.shape
-    inner = 0 if tiled else 3 * shape.intermediate_size
-    return work.parameter_bytes * (inner + (3 if tiled else 2) * shape.hidden_size)
+    h, i = work.shape.hidden_size, work.shape.intermediate_size
+    if tiled:
+        return work.parameter_bytes * 3 * h
+    return work.parameter_bytes * (max(3 * i + 2 * h, 4 * i - 2 * h) if again else 3 * i + 2 * h)
 
 
 def tile_bytes(work: Workload, strategy: Strategy) -> int:

@@ -76,7 +76,8 @@ def phases(work: Workload, strategy: Strategy, cluster: Cluster) -> dict[str, di
 
     tokens = strategy.micro_batch_size * work.max_length
     kept = activations.activation_bytes(work, strategy)
-    inside = tokens * activations.working_bytes_per_token(work, tiled=strategy.mlp_tile_rows > 0)
+    again = activations.makes_again(work, strategy)
+    inside = tokens * activations.working_bytes_per_token(work, tiled=strategy.mlp_tile_rows > 0, again=again)
     inside += activations.tile_bytes(work, strategy)
     layer = tokens * activations.layer_bytes_per_token(work, strategy) + inside
     # The layer whose backward runs: recomputed anew, or what it had saved is counted already.
@@ -287,7 +288,7 @@ def _gradient_bytes(work: Workload, strategy: Strategy, shard: int, stays: float
     if stage == 0:
         return b * trained, b * widest
     if stage == 1:
-        if sums_inside(work, strategy):  # of the embedding, rows in fp32 as they come and as they are added
+        if sums_inside(work, strategy) and work.shape.plain_embedding:  # its rows in fp32, as they come and are added
             return a * trained, 8 * strategy.micro_batch_size * work.max_length * work.shape.hidden_size
         if sums_apart(work, strategy):  # added to the standing fp32 buffer as they come
             return a * trained, b * widest

@@ -14,6 +14,9 @@ TILED_FAMILIES = frozenset({
 })  # fmt: skip
 
 
+NOT_COMPILED = "only compiled layers can, and these are not compiled"
+
+
 def refuse_impossible_pins(config: Config, work: Workload, cluster: Cluster) -> None:
     """What no amount of memory would make right."""
     plan, layers, on_cpu = config.plan, work.shape.num_layers, cluster.accelerator.kind == "cpu"
@@ -121,8 +124,9 @@ def _own_step_obstacle(config: Config, work: Workload) -> str | None:
 def recomputing_obstacle(config: Config, cluster: Cluster) -> str | None:
     """Why layers cannot make pointwise values again: only compiled ones can, with whole MLPs; None if they can."""
     plan = config.plan
-    if cluster.accelerator.kind != "cuda" or plan.compile is False or plan.zero_stage == 3 or not config.data.packing:
-        return "only compiled layers can, and these are not compiled"
+    at_stage_3 = plan.zero_stage == 3 or plan.offload_param is True
+    if cluster.accelerator.kind != "cuda" or plan.compile is False or at_stage_3 or not config.data.packing:
+        return NOT_COMPILED
     if plan.fp8 is True:
         return "8-bit linear maps keep what they multiply"
     return "an MLP in tiles computes itself again" if plan.mlp_tile_rows not in ("auto", 0) else None

@@ -77,7 +77,8 @@ def _may_fit(config: Config, work: Workload, strategy: Strategy, cluster: Cluste
 
 def _may_tile(config: Config, work: Workload, strategy: Strategy) -> bool:
     """Whether MLPs in tiles are worth a look where not all layers can keep what they compute."""
-    free = config.plan.mlp_tile_rows == "auto" and config.plan.sum_in_matmul is not True
+    pins = config.plan.sum_in_matmul, config.plan.recompute_pointwise
+    free = config.plan.mlp_tile_rows == "auto" and True not in pins
     return free and work.max_length >= LONG_ROWS and not tiling_obstacle(config, work, strategy.zero_stage)
 
 
@@ -124,10 +125,13 @@ def _layouts_with_kernels(config: Config, work: Workload, cluster: Cluster) -> I
 
 
 def _recomputing(config: Config, work: Workload, layout: Strategy) -> tuple[bool, ...]:
-    """Whether compiled layers make pointwise values again. With adapters that takes no time that could be measured."""
+    """Whether compiled layers make pointwise values again; nothing where that is asked of layers that can't.
+
+    With adapters it takes no time that could be measured.
+    """
     asked = config.plan.recompute_pointwise
     if not activations.is_compiled(work, layout) or layout.mlp_tile_rows or config.plan.fp8 is True:
-        return (False,)
+        return () if asked is True else (False,)
     if asked != "auto":
         return (asked,)
     return (True,) if work.lora_rank else (False, True)

@@ -137,6 +137,27 @@ def test_both_ends_add_to_their_sums(family: str) -> None:
         assert float(error) <= 1e-5, name  # where the scale comes in moves roundings; some gradients nearly cancel
 
 
+def test_without_gradients_nothing_is_summed() -> None:
+    _, model = pair("llama")
+    attach_loss(model, chunk_tokens=7)
+    sums = sums_of(model)
+    sum_inside(model, sums)
+    ids = torch.arange(12)[None]
+    with torch.no_grad():
+        loss = model(input_ids=ids, shift_labels=ids, gradient_scale=0.1)
+    assert not loss.requires_grad
+    assert not any(one.filled for one in sums.values())
+
+
+def test_another_scale_than_was_promised_is_noticed() -> None:
+    _, model = pair("llama")
+    attach_loss(model, chunk_tokens=7)
+    sum_inside(model, sums_of(model))
+    ids = torch.arange(12)[None]
+    with pytest.raises(AssertionError, match="promised"):
+        (model(input_ids=ids, shift_labels=ids, gradient_scale=0.1) * 0.2).backward()
+
+
 @given(st.lists(st.integers(0, 5), min_size=1, max_size=40))
 def test_rows_are_summed_by_index(tokens: list[int]) -> None:
     index, rows = torch.tensor(tokens), torch.arange(len(tokens) * 2.0).reshape(-1, 2)

@@ -119,3 +119,33 @@ def test_eight_bits_that_are_asked_for_narrow_the_search() -> None:
         with pytest.raises(UserError, match="whole weights") as caught:
             plan(machine, "allow_numerics=true", "plan.fp8=true", *pins, model=model)
         assert caught.value.field == "plan.fp8"
+
+
+def test_pointwise_values_made_again_are_planned_where_they_pay() -> None:
+    free = plan("1xH100-80GB", model="Qwen/Qwen2.5-1.5B")
+    assert (free.checkpointed_layers, free.recompute_pointwise) == (0, False)
+    assert "fits" in reason_of(free, "plan.recompute_pointwise")
+    assert plan("1xH100-80GB", "method=lora").recompute_pointwise
+    small = plan("1xRTX4090,ram=64GB", "method=lora", model="Qwen/Qwen2.5-7B")
+    kept = plan("1xRTX4090,ram=64GB", "method=lora", "plan.recompute_pointwise=false", model="Qwen/Qwen2.5-7B")
+    assert small.checkpointed_layers < kept.checkpointed_layers
+    assert small.predicted.step_seconds < kept.predicted.step_seconds
+
+
+def test_pointwise_values_that_are_asked_for_are_kept_to_or_refused() -> None:
+    asked = "plan.recompute_pointwise=true"
+    short = plan("1xH100-80GB", asked, tokens=1_000_000)
+    assert (short.compile_layers, short.recompute_pointwise) == (True, True)
+    long = plan("1xH100-80GB", "train.max_length=131072", "train.global_batch_size=1", asked)
+    assert (long.mlp_tile_rows, long.recompute_pointwise) == (0, True)
+    impossible = (
+        ["plan.zero_stage=3"], ["plan.compile=false"], ["plan.offload_param=true"], ["plan.mlp_tile_rows=4096"],
+        ["allow_numerics=true", "plan.fp8=true"], ["data.packing=false"],
+    )  # fmt: skip
+    for pins in impossible:
+        with pytest.raises(UserError) as caught:
+            plan("1xH100-80GB", asked, *pins)
+        assert caught.value.field == "plan.recompute_pointwise", pins
+    with pytest.raises(UserError) as caught:
+        plan("2xcpu,ram=64GB", asked, tokens=100_000)
+    assert caught.value.field == "plan.recompute_pointwise"

@@ -22,6 +22,27 @@ def first_plan() -> Plan:
     return planning.make_plan(config, model_folder=MODEL, cluster=cluster, prepared=None, tokens=100_000)
 
 
+def test_compiled_layers_make_pointwise_values_again_before_they_recompute() -> None:
+    config = parse_config(
+        {
+            "model": "Qwen2.5-1.5B",
+            "data": {"sources": [{"path": "none.jsonl"}]},
+            "train": {"global_batch_size": 16, "max_length": 4096},
+            "plan": {"micro_batch_size_per_gpu": 1, "checkpointed_layers": 0},
+        }
+    )
+    cluster = planning.parse_hardware("1xH100-80GB")
+    plans = [planning.make_plan(config, model_folder="Qwen2.5-1.5B", cluster=cluster, prepared=None, tokens=10**8)]
+    while (plan := planning.after_out_of_memory(plans[-1])) is not None:
+        plans.append(plan)
+    assert [plan.compile_layers for plan in plans] == [True] * 3
+    assert [(plan.recompute_pointwise, plan.checkpointed_layers) for plan in plans] == [
+        (False, 0),
+        (True, 0),
+        (True, 28),
+    ]
+
+
 def test_micro_batches_shrink_then_layers_recompute_then_it_ends() -> None:
     plans = [first_plan()]
     while (plan := planning.after_out_of_memory(plans[-1])) is not None:

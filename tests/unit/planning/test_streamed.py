@@ -178,7 +178,8 @@ def test_after_out_of_memory_more_is_streamed_last(config_of: MakeConfig) -> Non
     plans = [plan_of(config_of(train=SEVEN_B, plan={**MEASURED, "micro_batch_size_per_gpu": 1}))]
     while (plan := after_out_of_memory(plans[-1])) is not None:
         plans.append(plan)
-    assert [plan.offload_optimizer for plan in plans] == [0.85, 1.0]
+    assert [plan.recompute_pointwise for plan in plans] == [False, True, True]
+    assert [plan.offload_optimizer for plan in plans] == [0.85, 0.85, 1.0]
     assert "on it" in plans[-1].decisions[-1].reason
     assert plans[-1].streams_optimizer
 
