@@ -113,6 +113,23 @@ def saved_bytes(
     return sum(sizes.values())
 
 
+def saved_per_token(family: str, keys: dict[str, Any], **options: Any) -> float:
+    """Of one layer: what three keep more than two."""
+    three, two = (saved_bytes(family, keys, layers=layers, **options) for layers in (3, 2))
+    return (three - two) / (ROWS * LENGTH)
+
+
+def work_of(
+    family: str, keys: dict[str, Any], *, precision: Precision = "bf16", packed: bool = False, lora: bool = False
+) -> Workload:
+    """The closed form's side of it."""
+    return Workload(
+        shape=shape_of({**keys, "model_type": family}, origin="test"), trainable=1, frozen=int(lora),
+        lora_rank=LORA_RANK if lora else 0, precision=precision, accumulation_dtype="fp32", optimizer_state_bytes=8,
+        max_length=LENGTH, row_length=LENGTH, rows=ROWS, document_length=LENGTH, packing=packed,
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("precision", "packed", "lora"),
     [("fp32", False, False), ("bf16", True, False), ("bf16", True, True)],
@@ -122,15 +139,8 @@ def saved_bytes(
 def test_a_layer_saves_what_the_closed_form_says(
     family: str, keys: dict[str, Any], precision: Precision, packed: bool, lora: bool
 ) -> None:
-    three = saved_bytes(family, keys, layers=3, precision=precision, packed=packed, lora=lora)
-    two = saved_bytes(family, keys, layers=2, precision=precision, packed=packed, lora=lora)
-    measured = (three - two) / (ROWS * LENGTH)
-    shape = shape_of({**keys, "model_type": family}, origin="test")
-    work = Workload(
-        shape=shape, trainable=1, frozen=int(lora), lora_rank=LORA_RANK if lora else 0, precision=precision,
-        accumulation_dtype="fp32", optimizer_state_bytes=8, max_length=LENGTH, row_length=LENGTH, rows=ROWS,
-        document_length=LENGTH, packing=packed,
-    )  # fmt: skip
+    measured = saved_per_token(family, keys, precision=precision, packed=packed, lora=lora)
+    work = work_of(family, keys, precision=precision, packed=packed, lora=lora)
     assert activation_bytes_per_token_layer(work) == pytest.approx(measured, rel=0.01)
 
 
@@ -146,14 +156,8 @@ def test_a_compiled_layer_saves_what_the_closed_form_says(
     family: str, keys: dict[str, Any], lora: bool, again: bool
 ) -> None:
     options: dict[str, Any] = {"precision": "bf16", "packed": False, "lora": lora, "compiled": True, "again": again}
-    three, two = (saved_bytes(family, keys, layers=layers, **options) for layers in (3, 2))
-    measured = (three - two) / (ROWS * LENGTH)
-    shape = shape_of({**keys, "model_type": family}, origin="test")
-    work = Workload(
-        shape=shape, trainable=1, frozen=int(lora), lora_rank=LORA_RANK if lora else 0, precision="bf16",
-        accumulation_dtype="fp32", optimizer_state_bytes=8, max_length=LENGTH, row_length=LENGTH, rows=ROWS,
-        document_length=LENGTH, packing=False,
-    )  # fmt: skip
+    measured = saved_per_token(family, keys, **options)
+    work = work_of(family, keys, lora=lora)
     assert activation_bytes_per_token_layer(work, compiled=True, again=again) == pytest.approx(measured, rel=0.02)
 
 
@@ -162,13 +166,8 @@ def test_a_compiled_layer_saves_what_the_closed_form_says(
 @pytest.mark.parametrize(("family", "keys"), CASES, ids=[family for family, _ in CASES])
 def test_no_compiled_layer_saves_more_than_the_closed_form_says(family: str, keys: dict[str, Any], again: bool) -> None:
     options: dict[str, Any] = {"precision": "bf16", "packed": False, "lora": False, "compiled": True, "again": again}
-    three, two = (saved_bytes(family, keys, layers=layers, **options) for layers in (3, 2))
-    measured = (three - two) / (ROWS * LENGTH)
-    shape = shape_of({**keys, "model_type": family}, origin="test")
-    work = Workload(
-        shape=shape, trainable=1, frozen=0, lora_rank=0, precision="bf16", accumulation_dtype="fp32",
-        optimizer_state_bytes=8, max_length=LENGTH, row_length=LENGTH, rows=ROWS, document_length=LENGTH, packing=False,
-    )  # fmt: skip
+    measured = saved_per_token(family, keys, **options)
+    work = work_of(family, keys)
     assert activation_bytes_per_token_layer(work, compiled=True, again=again) >= 0.98 * measured
 
 
@@ -183,13 +182,8 @@ def test_a_layer_with_its_mlp_in_tiles_saves_what_the_closed_form_says(
     family: str, keys: dict[str, Any], compiled: bool
 ) -> None:
     options: dict[str, Any] = {"precision": "bf16", "packed": False, "lora": False, "compiled": compiled}
-    three, two = (saved_bytes(family, keys, layers=layers, tile_rows=32, **options) for layers in (3, 2))
-    measured = (three - two) / (ROWS * LENGTH)
-    shape = shape_of({**keys, "model_type": family}, origin="test")
-    work = Workload(
-        shape=shape, trainable=1, frozen=0, lora_rank=0, precision="bf16", accumulation_dtype="fp32",
-        optimizer_state_bytes=8, max_length=LENGTH, row_length=LENGTH, rows=ROWS, document_length=LENGTH, packing=False,
-    )  # fmt: skip
+    measured = saved_per_token(family, keys, tile_rows=32, **options)
+    work = work_of(family, keys)
     assert activation_bytes_per_token_layer(work, compiled=compiled, tiled=True) == pytest.approx(measured, rel=0.02)
 
 
