@@ -42,7 +42,8 @@ def activation_bytes_per_token_layer(
     fused = not (shape.soft_capped_attention or saved.fp32_scores)
     masked = work.packing and work.attention != "packed"
     normalised = 0 if work.lora_rank or compiled else (4 if saved.wide else b)
-    wide = saved.hidden_fp32 // 2 if compiled else saved.hidden_fp32
+    # In fp32 there is no cast to make one norm's input again from what the other keeps.
+    wide = saved.hidden_fp32 // 2 if compiled and b < 4 else saved.hidden_fp32
     hidden = b * saved.hidden * h + 4 * wide * h + normalised * saved.norms * h
     repeated = q if (masked and fused) or shape.soft_capped_attention else k
     attention = b * (saved.queries * q + 2 * repeated + (saved.keys - 2) * k)

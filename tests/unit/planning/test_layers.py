@@ -162,12 +162,15 @@ def test_a_compiled_layer_saves_what_the_closed_form_says(
 
 
 @pytest.mark.filterwarnings("ignore")  # of the compiler, about its own parts
+@pytest.mark.parametrize("precision", DTYPES)
 @pytest.mark.parametrize("again", [False, True], ids=["kept", "made-again"])
 @pytest.mark.parametrize(("family", "keys"), CASES, ids=[family for family, _ in CASES])
-def test_no_compiled_layer_saves_more_than_the_closed_form_says(family: str, keys: dict[str, Any], again: bool) -> None:
-    options: dict[str, Any] = {"precision": "bf16", "packed": False, "lora": False, "compiled": True, "again": again}
+def test_no_compiled_layer_saves_more_than_the_closed_form_says(
+    family: str, keys: dict[str, Any], again: bool, precision: Precision
+) -> None:
+    options: dict[str, Any] = {"precision": precision, "packed": False, "lora": False, "compiled": True, "again": again}
     measured = saved_per_token(family, keys, **options)
-    work = work_of(family, keys)
+    work = work_of(family, keys, precision=precision)
     assert activation_bytes_per_token_layer(work, compiled=True, again=again) >= 0.98 * measured
 
 
