@@ -55,6 +55,8 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("starcoder2", GROUPED),
     ("olmo2", GROUPED),
 ]
+#: Whose compiled layers the closed form gives to 2 %; of the others it promises no less than they take.
+COMPILED_EXACTLY = ("gpt2", "gpt_neox", "llama", "qwen2", "qwen3", "phi")
 DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -145,11 +147,12 @@ def test_a_layer_saves_what_the_closed_form_says(
 
 
 @pytest.mark.filterwarnings("ignore")  # of the compiler, about its own parts
-@pytest.mark.parametrize("again", [False, True], ids=["kept", "made-again"])
-@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize(
+    ("lora", "again"), [(False, False), (False, True), (True, False)], ids=["full", "made-again", "lora"]
+)
 @pytest.mark.parametrize(
     ("family", "keys"),
-    [case for case in CASES if case[0] in ("gpt2", "gpt_neox", "llama", "qwen2", "qwen3", "phi")],
+    [case for case in CASES if case[0] in COMPILED_EXACTLY],
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_a_compiled_layer_saves_what_the_closed_form_says(
@@ -162,12 +165,14 @@ def test_a_compiled_layer_saves_what_the_closed_form_says(
 
 
 @pytest.mark.filterwarnings("ignore")  # of the compiler, about its own parts
-@pytest.mark.parametrize("precision", DTYPES)
 @pytest.mark.parametrize("again", [False, True], ids=["kept", "made-again"])
-@pytest.mark.parametrize(("family", "keys"), CASES, ids=[family for family, _ in CASES])
-def test_no_compiled_layer_saves_more_than_the_closed_form_says(
-    family: str, keys: dict[str, Any], again: bool, precision: Precision
-) -> None:
+@pytest.mark.parametrize(
+    ("family", "precision"),
+    [(family, "bf16") for family, _ in CASES if family not in COMPILED_EXACTLY]
+    + [(family, "fp32") for family in ("llama", "gemma", "olmo2")],
+)
+def test_no_compiled_layer_saves_more_than_the_closed_form_says(family: str, precision: Precision, again: bool) -> None:
+    keys = dict(CASES)[family]
     options: dict[str, Any] = {"precision": precision, "packed": False, "lora": False, "compiled": True, "again": again}
     measured = saved_per_token(family, keys, **options)
     work = work_of(family, keys, precision=precision)
