@@ -223,7 +223,7 @@ def run_torch(spec: dict[str, Any]) -> dict[str, Any]:
         start = time.perf_counter()
         total = torch.zeros((), dtype=torch.float64, device=device)
         for micro_batch in batch.micro_batches:
-            loss = model(**to_device(micro_batch, device))
+            loss = model(**to_device(micro_batch, device), gradient_scale=1 / batch.target_tokens)
             (loss / batch.target_tokens).backward()
             total += loss.detach()
         torch.nn.utils.clip_grad_norm_([master], train.max_grad_norm)

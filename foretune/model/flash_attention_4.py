@@ -1,9 +1,9 @@
 """FlashAttention-4 (Dao-AILab, `flash-attn-4`), where it is installed: packed attention for Hopper and Blackwell.
 
-An extra (`pip install foretune[flash]`), since it brings a compiler of 90 MB. On an H100, forward and backward, 4 rows
-of 4096, 12 heads of 128: over documents of 700 tokens on average 0.73 ms where torch's flash kernels take 1.33; of one
-length, 1.40 ms where cuDNN's take 1.55. Importing it takes 8 s and compiling a shape 5 to 7 s; what was compiled is
-kept on disk.
+An extra (`pip install foretune[flash]`), since it brings a compiler of half a gigabyte. On an H100, forward and
+backward, 4 rows of 4096, 12 heads of 128: over documents of 700 tokens on average 0.73 ms where torch's flash kernels
+take 1.33; of one length, 1.40 ms where cuDNN's take 1.55. Importing it takes 8 s and compiling a shape 5 to 7 s; what
+was compiled is kept on disk.
 
 Its functions for one direction have no public name and change: one version is known, and no other is used.
 """
@@ -23,7 +23,7 @@ import torch
 CACHE = Path.home() / ".cache" / "foretune" / "flash-attention-4"
 #: The version that was compared with torch's kernels.
 VERSION = "4.0.0b36"
-#: Head sizes that were compared, on the first of these; the second are those it is made for beside.
+#: Head sizes that were compared, on a GPU of capability 9; those of 10 it is made for too, and they were not tried.
 _HEADS, _DEVICES = (64, 128), (9, 10)
 
 

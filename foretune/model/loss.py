@@ -50,7 +50,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         chunk_tokens: int,
         fused: bool,
         weight_sum: GradientSum | None,
-        gradient_scale: float,
+        gradient_scale: float | None,
     ) -> torch.Tensor:
         wide = torch.promote_types(hidden.dtype, torch.float32)
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
@@ -75,12 +75,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 add_product(grad_weight, gradient.T, piece)
             elif needs_weight:
                 assert weight_sum is not None
+                assert gradient_scale is not None
                 weight_sum.add_product(gradient.T, piece, scale=gradient_scale)
             if grad_bias is not None:
                 grad_bias += gradient.sum(0, dtype=wide)
         ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
         ctx.dtype = hidden.dtype
-        ctx.promised = None if weight_sum is None else gradient_scale
+        ctx.promised = gradient_scale if weight_sum is not None else None
         ctx.is_spent = False
         return total
 
@@ -163,7 +164,7 @@ def linear_cross_entropy(
     chunk_tokens: int,
     fused: bool = False,
     weight_sum: GradientSum | None = None,
-    gradient_scale: float = 1.0,
+    gradient_scale: float | None = None,
 ) -> torch.Tensor:
     """Sum of the negative log-likelihoods of `labels` (nats).
 
@@ -175,15 +176,17 @@ def linear_cross_entropy(
         chunk_tokens: rows whose logits exist at the same time.
         fused: let torch compile the softmax of a chunk and its gradient (not in float64).
         weight_sum: where the weight's gradient is added in the forward pass already; the backward pass then gives none.
-        gradient_scale: what the result's gradient will be in the backward pass. It is used with `weight_sum` alone.
+            It takes a `gradient_scale`.
+        gradient_scale: what the result's gradient will be in the backward pass, if that is known.
 
     Returns:
         Scalar in float32 (float64 for float64 inputs). It can be differentiated once.
     """
     if not torch.is_grad_enabled():  # a function's forward is not told
         hidden, weight, bias = hidden.detach(), weight.detach(), None if bias is None else bias.detach()
+    into = weight_sum if gradient_scale is not None else None
     result: torch.Tensor = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
-        hidden, weight, bias, labels, chunk_tokens, fused, weight_sum, gradient_scale
+        hidden, weight, bias, labels, chunk_tokens, fused, into, gradient_scale
     )
     return result
 
@@ -250,8 +253,8 @@ def _attach_to_head(head: torch.nn.Linear, chunk_tokens: int, *, fused: bool) ->
             return logits(hidden)
         into = getattr(self, "gradient_sum", None)  # given by `weight_sums.sum_inside`
         return linear_cross_entropy(
-            hidden, self.weight, self.bias, labels, chunk_tokens=chunk_tokens, fused=fused,
-            weight_sum=into if gradient_scale is not None else None, gradient_scale=gradient_scale or 0.0,
+            hidden, self.weight, self.bias, labels, chunk_tokens=chunk_tokens, fused=fused, weight_sum=into,
+            gradient_scale=gradient_scale,
         )  # fmt: skip
 
     head.forward = MethodType(forward, head)  # type: ignore[method-assign]

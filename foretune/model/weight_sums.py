@@ -109,8 +109,7 @@ def _add_weight_gradient(
     total: torch.Tensor, filled: torch.Tensor, gradient: torch.Tensor, hidden: torch.Tensor
 ) -> None:
     """total [out, in] of `GradientSum` (+)= gradient [T, out]ᵀ hidden [T, in]. `filled` lies on the host: no wait."""
-    add_product(total, gradient.T, hidden, overwrite=not filled)
-    filled.fill_(True)
+    GradientSum(total, filled).add_product(gradient.T, hidden)
 
 
 @_add_weight_gradient.register_fake

@@ -9,7 +9,7 @@ from foretune.config import Config
 from foretune.planning.predict import activations, host, memory
 from foretune.planning.predict.timing import starting_seconds
 from foretune.planning.search import EQUALLY_FAST, Candidate, best_of_families, family_of
-from foretune.planning.search.pins import eight_bits_obstacle
+from foretune.planning.search.pins import eight_bits_obstacle, recomputing_obstacle
 from foretune.planning.search.space import may_have_bf16_states
 from foretune.planning.strategy import Strategy, Workload, gib
 
@@ -173,12 +173,8 @@ def _explain_tiles(work: Workload, s: Strategy) -> str:
 
 
 def _explain_recomputing(config: Config, work: Workload, s: Strategy) -> str:
-    if not activations.is_compiled(work, s):
-        return "only compiled layers can"
-    if s.mlp_tile_rows:
-        return "MLPs in tiles compute themselves again"
-    if config.plan.fp8 is True:
-        return "8-bit linear maps keep what they multiply"
+    if obstacle := recomputing_obstacle(config, work, s):
+        return obstacle
     other = replace(s, recompute_pointwise=not s.recompute_pointwise)
     tokens = s.micro_batch_size * work.max_length
     here, there = (gib(tokens * activations.layer_bytes_per_token(work, one)) for one in (s, other))

@@ -288,7 +288,8 @@ def _gradient_bytes(work: Workload, strategy: Strategy, shard: int, stays: float
     if stage == 0:
         return b * trained, b * widest
     if stage == 1:
-        if sums_inside(work, strategy) and work.shape.plain_embedding:  # its rows in fp32, as they come and are added
+        plain_ends = work.shape.plain_embedding and work.shape.plain_head
+        if sums_inside(work, strategy) and plain_ends:  # the embedding's rows in fp32, as they come and are added
             return a * trained, 8 * strategy.micro_batch_size * work.max_length * work.shape.hidden_size
         if sums_apart(work, strategy):  # added to the standing fp32 buffer as they come
             return a * trained, b * widest

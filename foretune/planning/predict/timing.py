@@ -188,7 +188,8 @@ def _traffic(work: Workload, strategy: Strategy, cluster: Cluster) -> float:
     inside = sums_inside(work, strategy)
     if inside:  # what is left are norms and biases
         owned -= shape.num_layers * sum(linear.copies * linear.inputs * linear.outputs for linear in shape.linears)
-        tables = int(shape.plain_embedding) + int(not shape.tied)  # whose gradients autograd does not make
+        ends = shape.plain_embedding, shape.plain_head
+        tables = int(all(ends)) if shape.tied else sum(ends)  # whose gradients autograd does not make
         owned -= shape.vocab_size * shape.hidden_size * tables
     traffic += (strategy.accumulation_steps - 1) * (b + 2 * work.gradient_bytes) * owned
     traffic += tokens * (COMPILED_LOGIT_BYTES if compiled else LOGIT_BYTES) * shape.vocab_size

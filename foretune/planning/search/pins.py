@@ -5,16 +5,17 @@ from __future__ import annotations
 from foretune.artifacts import Cluster
 from foretune.config import Config
 from foretune.errors import UserError
-from foretune.planning.strategy import Workload
+from foretune.planning.predict.activations import is_compiled
+from foretune.planning.strategy import Strategy, Workload
 
 #: Families whose MLPs treat every row alike under a name that `foretune.model.tiling` finds.
 TILED_FAMILIES = frozenset({
     "llama", "mistral", "qwen2", "qwen3", "smollm3", "granite", "olmo2", "gemma", "gemma2", "gemma3_text", "phi",
     "phi3", "gpt2", "gpt_neox", "starcoder2",
 })  # fmt: skip
-
-
-NOT_COMPILED = "only compiled layers can, and these are not compiled"
+#: Why layers cannot make pointwise values again.
+NOT_COMPILED = "only compiled layers can"
+_IN_TILES, _IN_8_BITS = "MLPs in tiles compute themselves again", "8-bit linear maps keep what they multiply"
 
 
 def refuse_impossible_pins(config: Config, work: Workload, cluster: Cluster) -> None:
@@ -52,7 +53,7 @@ def refuse_impossible_pins(config: Config, work: Workload, cluster: Cluster) -> 
     stage = None if plan.zero_stage == "auto" else plan.zero_stage
     if plan.mlp_tile_rows not in ("auto", 0) and (obstacle := tiling_obstacle(config, work, stage)):
         raise UserError("plan.mlp_tile_rows", plan.mlp_tile_rows, obstacle, "use auto or 0")
-    if plan.recompute_pointwise is True and (obstacle := recomputing_obstacle(config, cluster)):
+    if plan.recompute_pointwise is True and (obstacle := _pinned_recomputing(config, cluster)):
         raise UserError("plan.recompute_pointwise", True, obstacle, "use auto or false")
     if plan.nvme_path is not None and on_cpu:
         raise UserError("plan.nvme_path", plan.nvme_path, "DeepSpeed swaps a GPU's states only", "remove the key")
@@ -121,15 +122,24 @@ def _own_step_obstacle(config: Config, work: Workload) -> str | None:
     return None
 
 
-def recomputing_obstacle(config: Config, cluster: Cluster) -> str | None:
-    """Why layers cannot make pointwise values again: only compiled ones can, with whole MLPs; None if they can."""
+def recomputing_obstacle(config: Config, work: Workload, strategy: Strategy) -> str | None:
+    """Why the layers of a strategy cannot make pointwise values again; None if they can."""
+    if not is_compiled(work, strategy):
+        return NOT_COMPILED
+    if strategy.mlp_tile_rows:
+        return _IN_TILES
+    return _IN_8_BITS if config.plan.fp8 is True else None
+
+
+def _pinned_recomputing(config: Config, cluster: Cluster) -> str | None:
+    """The same of what is pinned, before there is a strategy."""
     plan = config.plan
     at_stage_3 = plan.zero_stage == 3 or plan.offload_param is True
     if cluster.accelerator.kind != "cuda" or plan.compile is False or at_stage_3 or not config.data.packing:
         return NOT_COMPILED
     if plan.fp8 is True:
-        return "8-bit linear maps keep what they multiply"
-    return "an MLP in tiles computes itself again" if plan.mlp_tile_rows not in ("auto", 0) else None
+        return _IN_8_BITS
+    return _IN_TILES if plan.mlp_tile_rows not in ("auto", 0) else None
 
 
 def tiling_obstacle(config: Config, work: Workload, stage: int | None) -> str | None:

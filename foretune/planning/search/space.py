@@ -16,9 +16,15 @@ from math import ceil, floor
 from foretune.artifacts import Cluster
 from foretune.config import Config
 from foretune.errors import UserError
-from foretune.planning.predict import activations, host, memory
+from foretune.planning.predict import host, memory
 from foretune.planning.search.candidates import work_for
-from foretune.planning.search.pins import eight_bits_obstacle, pinned_share, streaming_obstacle, tiling_obstacle
+from foretune.planning.search.pins import (
+    eight_bits_obstacle,
+    pinned_share,
+    recomputing_obstacle,
+    streaming_obstacle,
+    tiling_obstacle,
+)
 from foretune.planning.strategy import Stage, Strategy, Workload
 
 #: Tokens of one micro-batch on a CPU beyond which nothing gets faster and only memory is spent.
@@ -130,7 +136,7 @@ def _recomputing(config: Config, work: Workload, layout: Strategy) -> tuple[bool
     With adapters it takes no time that could be measured.
     """
     asked = config.plan.recompute_pointwise
-    if not activations.is_compiled(work, layout) or layout.mlp_tile_rows or config.plan.fp8 is True:
+    if recomputing_obstacle(config, work, layout):
         return () if asked is True else (False,)
     if asked != "auto":
         return (asked,)
