@@ -1,6 +1,7 @@
 """From the command to the end of the first step: ours against a bare torchrun script that does the same.
 
     python bench/startup.py --model tests/models/stories260K --data ROWS.jsonl [--repeats 3] [--ranks 2]
+    python bench/startup.py --shape 1.5B [--repeats 3]      # ours alone, on a GPU: with nothing compiled yet, then again
 
 Both: the same tiny model, ZeRO-1 by DeepSpeed, the same prepared rows, CPU ranks. The script has the model, the engine
 and the first batch in one file, without a plan, a journal, a probe or a checkpoint. Contenders alternate, so that what
@@ -26,6 +27,7 @@ from measuring import machine, save_result
 from foretune.distributed import leave
 
 LENGTH, ROWS = 128, 8
+TOKENIZER = Path(__file__).parents[1] / "tests" / "models" / "stories260K"
 
 
 def bare(folder: Path, model_folder: Path) -> None:
@@ -71,16 +73,17 @@ def time_bare(folder: Path, model: Path, ranks: int) -> float:
     return float((folder / "bare-done").read_text()) - start
 
 
-def time_ours(folder: Path, model: Path, data: Path, ranks: int) -> tuple[float, dict[str, float]]:
+def time_ours(out: Path, arguments: list[str]) -> tuple[float, dict[str, float]]:
     """Seconds from the command to the first step in the journal, and when each event came."""
-    out = folder / "run"
     for name in ("checkpoints", "launch", "events.jsonl", "plan.json"):
         path = out / name
         shutil.rmtree(path, ignore_errors=True)
         path.unlink(missing_ok=True) if not path.is_dir() else None
-    command = [sys.executable, "-m", "foretune", "train", *ours(model, data, out, ranks)]
+    command = [sys.executable, "-m", "foretune", "train", *arguments]
     start = time.time()
-    subprocess.run(command, check=True, capture_output=True)
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)}: exit {done.returncode}: {done.stdout[-1000:]}{done.stderr[-2000:]}")
     events = [json.loads(line) for line in (out / "events.jsonl").read_text().splitlines()]
     came: dict[str, float] = {}
     for event in events:
@@ -89,10 +92,9 @@ def time_ours(folder: Path, model: Path, data: Path, ranks: int) -> tuple[float,
     return came["step"], came
 
 
-def ours(model: Path, data: Path, out: Path, ranks: int) -> list[str]:
-    """Arguments of ours, for `prepare` and `train` alike."""
-    sets = [f"train.max_length={LENGTH}", f"train.global_batch_size={ROWS}", "train.max_steps=1", "plan.zero_stage=1",
-            "evaluate.validation=0", f"plan.micro_batch_size_per_gpu={ROWS // ranks}"]  # fmt: skip
+def ours(model: Path, data: Path, out: Path, ranks: int, sets: list[str]) -> list[str]:
+    """Arguments of ours."""
+    sets = [*sets, "train.max_steps=1", "plan.zero_stage=1", "evaluate.validation=0"]
     return ["--model", str(model), "--data", str(data), "--out", str(out), "--nproc", str(ranks), "--quiet",
             *(part for one in sets for part in ("--set", one))]  # fmt: skip
 
@@ -110,29 +112,63 @@ def import_times(top: int = 12) -> list[str]:
     return [f"{seconds:6.2f} s {name}" for seconds, name in found[:top]]
 
 
+def shaped(shape: str, repeats: int, out: Path | None) -> None:
+    """Ours alone with a model of this shape on one GPU: time to the first step, of which the first start prepares and
+    compiles."""
+    from throughput import make_model
+
+    length, rows = (64, 4) if shape == "tiny" else (4096, 4)
+    starts: list[dict[str, float]] = []
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        make_model(shape, folder / "model", seed=0)
+        for file in ("tokenizer.json", "tokenizer_config.json"):
+            shutil.copy(TOKENIZER / file, folder / "model")
+        data = folder / "rows.jsonl"
+        data.write_text("\n".join(json.dumps({"text": "Once upon a time. " * (length // 16)}) for _ in range(4 * rows)))
+        sets = [f"train.max_length={length}", f"train.global_batch_size={rows}",
+                f"plan.micro_batch_size_per_gpu={rows}"]  # fmt: skip
+        if shape != "tiny":
+            sets.append("plan.compile=true")  # one step would not be worth it
+        arguments = ours(folder / "model", data, folder / "run", 1, sets)
+        os.environ["HOME"] = name  # where what is compiled is kept
+        for _ in range(1 + repeats):
+            starts.append(time_ours(folder / "run", arguments)[1])
+            print(starts[-1], flush=True)
+    again = statistics.median(start["step"] for start in starts[1:])
+    print(f"first start {starts[0]['step']:.1f} s, then {again:.1f} s")
+    save_result(f"startup-{shape}", {"machine": machine(), "starts": starts, "median_after_the_first": again},
+                folder=out)  # fmt: skip
+
+
 def main() -> None:
     """Alternate the contenders and print medians."""
     if sys.argv[1] == "--bare":
         bare(Path(sys.argv[2]), Path(sys.argv[3]))
         leave()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, required=True)
-    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--model", type=Path)
+    parser.add_argument("--data", type=Path)
+    parser.add_argument("--shape", help="of throughput.py: ours alone, on a GPU")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--out", type=Path, help="folder of the JSON (default: bench/results)")
     asked = parser.parse_args()
+    if asked.shape:
+        shaped(asked.shape, asked.repeats, asked.out)
+        return
     times: dict[str, list[float]] = {"bare": [], "foretune": []}
     came: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        subprocess.run(
-            [sys.executable, "-m", "foretune", "train", *ours(asked.model, asked.data, folder / "run", asked.ranks)],
-            check=True, capture_output=True,
-        )  # fmt: skip
+        sets = [f"train.max_length={LENGTH}", f"train.global_batch_size={ROWS}",
+                f"plan.micro_batch_size_per_gpu={ROWS // asked.ranks}"]  # fmt: skip
+        arguments = ours(asked.model, asked.data, folder / "run", asked.ranks, sets)
+        subprocess.run([sys.executable, "-m", "foretune", "train", *arguments], check=True, capture_output=True)
         (folder / "data").symlink_to(folder / "run" / "data")
         for _ in range(asked.repeats):
             times["bare"].append(time_bare(folder, asked.model, asked.ranks))
-            seconds, came = time_ours(folder, asked.model, asked.data, asked.ranks)
+            seconds, came = time_ours(folder / "run", arguments)
             times["foretune"].append(seconds)
             print({name: round(values[-1], 2) for name, values in times.items()}, came, flush=True)
     medians = {name: statistics.median(values) for name, values in times.items()}
@@ -140,7 +176,7 @@ def main() -> None:
     slowest = import_times()
     print(medians, f"difference {difference:.2f} s", *slowest, sep="\n")
     save_result("startup", {"machine": machine(), "ranks": asked.ranks, "seconds": times, "medians": medians,
-                            "difference": difference, "events": came, "slowest_imports": slowest})  # fmt: skip
+                            "difference": difference, "events": came, "slowest_imports": slowest}, folder=asked.out)  # fmt: skip
 
 
 if __name__ == "__main__":
