@@ -151,8 +151,8 @@ def run_foretune(spec: dict[str, Any]) -> dict[str, Any]:
     close_group()
     chosen = (
         "zero_stage", "micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_accumulation_dtype",
-        "checkpointed_layers", "loss_chunk_tokens", "attention", "recompute_pointwise", "compile_layers",
-        "sum_in_matmul", "offload_optimizer",
+        "checkpointed_layers", "loss_chunk_tokens", "attention", "recompute_pointwise", "keep_attention",
+        "compile_layers", "sum_in_matmul", "offload_optimizer",
     )  # fmt: skip
     return {
         "step_seconds": times,
@@ -211,7 +211,7 @@ def run_torch(spec: dict[str, Any]) -> dict[str, Any]:
     if plan.sum_in_matmul:
         sum_inside(model, sums)
     if plan.compile_layers:
-        compile_layers(model, recompute_pointwise=plan.recompute_pointwise)
+        compile_layers(model, recompute_pointwise=plan.recompute_pointwise, keep_attention=plan.keep_attention)
     train = config.train
     optimizer = torch.optim.AdamW([master], lr=spec["learning_rate"], betas=(train.adam_beta1, train.adam_beta2),
                                   eps=train.adam_epsilon, weight_decay=train.weight_decay, fused=True)  # fmt: skip

@@ -4,9 +4,9 @@
 
 One row, one document and one micro-batch a step: attention sees the whole length. ZeRO-1, 16-bit weights, fp32 sums and
 master weights, every layer checkpointed, the loss in chunks. `again`: what a layer that is recomputed keeps leaves out
-norms' outputs and gated products; `plain`: it has them; `tiled`: the MLPs in tiles of 4096 rows. Each variant is a
-process that tries the lengths in their order until one does not fit. MFU counts matmuls and causal attention once;
-recomputation does not count.
+norms' outputs and gated products; `plain`: it has them; `kept`: as `again`, but attention's outputs are kept; `tiled`:
+the MLPs in tiles of 4096 rows. Each variant is a process that tries the lengths in their order until one does not fit.
+MFU counts matmuls and causal attention once; recomputation does not count.
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ def run(spec: dict[str, Any], answer: Path) -> None:
     tile = spec["tile"] if spec["variant"] == "tiled" else 0
     engine, facts = build(spec["shape"], bf16_config(1, 1), device=device, learning_rate=LEARNING_RATE,
                           length=max(spec["lengths"]), compiled=not spec["eager"], mlp_rows=tile,
-                          summed=not tile, recompute_pointwise=spec["variant"] == "again")  # fmt: skip
+                          summed=not tile, recompute_pointwise=spec["variant"] in ("again", "kept"),
+                          keep_attention=spec["variant"] == "kept")  # fmt: skip
     lengths: dict[int, dict[str, Any]] = {}
     for length in spec["lengths"]:
         times: list[float] = []
@@ -84,7 +85,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", default="1.5B", choices=tuple(SHAPES))
     parser.add_argument("--lengths", default="32768,65536,131072,196608,262144")
-    parser.add_argument("--variants", default="plain,again,tiled")
+    parser.add_argument("--variants", default="plain,again,kept,tiled")
     parser.add_argument("--tile", type=int, default=4096, help="rows of an MLP's tile")
     parser.add_argument("--steps", type=int, default=2, help="of each length, the first of which is not counted")
     parser.add_argument("--eager", action="store_true", help="layers are not compiled")

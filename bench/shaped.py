@@ -36,6 +36,7 @@ def build(
     eight_bits: bool = False,
     summed: bool = False,
     recompute_pointwise: bool = False,
+    keep_attention: bool = False,
 ) -> tuple[Any, dict[str, Any]]:
     """(engine, what was put in): packed attention and compiled layers where there is a GPU.
 
@@ -47,6 +48,7 @@ def build(
         eight_bits: Adam's moments, with no master weights.
         deepspeed_ratio: of the optimizer, for DeepSpeed's own offload in `config`.
         recompute_pointwise: compiled layers make norms' outputs and gated products again.
+        keep_attention: compiled layers that recompute keep attention's output.
         summed: weight gradients are added to their fp32 sums inside the product.
     """
     from transformers import AutoModelForCausalLM, Qwen2Config
@@ -77,7 +79,7 @@ def build(
                              eight_bits=EightBits(0, compiled=compiled) if eight_bits else None)  # fmt: skip
     summing = sum_inside(model, engine.gradient_sums) if summed else 0
     if compiled:
-        compilation.compile_layers(model, recompute_pointwise=recompute_pointwise)
+        compilation.compile_layers(model, recompute_pointwise=recompute_pointwise, keep_attention=keep_attention)
     facts = {"parameters": parameters, "packed_attention": packed, "compiled": compiled, "tiled_mlps": tiles,
              "float8_linears": linears, "checkpointed_layers": layers, "summed_linears": summing}  # fmt: skip
     return engine, facts

@@ -1,7 +1,7 @@
 """From the command to the end of the first step: ours against a bare torchrun script that does the same.
 
     python bench/startup.py --model tests/models/stories260K --data ROWS.jsonl [--repeats 3] [--ranks 2]
-    python bench/startup.py --shape 1.5B [--repeats 3]      # ours alone, on a GPU: with nothing compiled yet, then again
+    python bench/startup.py --shape 1.5B [--repeats 3]    # ours alone, on a GPU: nothing compiled yet, then again
 
 Both: the same tiny model, ZeRO-1 by DeepSpeed, the same prepared rows, CPU ranks. The script has the model, the engine
 and the first batch in one file, without a plan, a journal, a probe or a checkpoint. Contenders alternate, so that what
@@ -94,7 +94,7 @@ def time_ours(out: Path, arguments: list[str]) -> tuple[float, dict[str, float]]
 
 def ours(model: Path, data: Path, out: Path, ranks: int, sets: list[str]) -> list[str]:
     """Arguments of ours."""
-    sets = [*sets, "train.max_steps=1", "plan.zero_stage=1", "evaluate.validation=0"]
+    sets = [*sets, "train.max_steps=1", "plan.zero_stage=1", "evaluate.validation=0", "checkpoint.keep=1"]
     return ["--model", str(model), "--data", str(data), "--out", str(out), "--nproc", str(ranks), "--quiet",
             *(part for one in sets for part in ("--set", one))]  # fmt: skip
 
@@ -176,7 +176,8 @@ def main() -> None:
     slowest = import_times()
     print(medians, f"difference {difference:.2f} s", *slowest, sep="\n")
     save_result("startup", {"machine": machine(), "ranks": asked.ranks, "seconds": times, "medians": medians,
-                            "difference": difference, "events": came, "slowest_imports": slowest}, folder=asked.out)  # fmt: skip
+                            "difference": difference, "events": came, "slowest_imports": slowest},
+                folder=asked.out)  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -260,6 +260,7 @@ class Plan(Artifact):
     sum_in_matmul: bool = False  # weight gradients are added to their fp32 sums inside the product
     mlp_tile_rows: int = 0  # rows of an MLP that exist at a time; 0: all
     recompute_pointwise: bool = False  # compiled layers make norms' outputs and gated products again in backward
+    keep_attention: bool = False  # compiled layers that recompute keep attention's output
     fp8: bool = False  # linear maps of the layers in 8-bit floats: other numerics
     global_batch_size: int
     max_length: int

@@ -145,6 +145,10 @@ class PlanConfig(Section):
         bool | Auto,
         Field(description="compiled layers make norms' outputs and gated products again instead of keeping them"),
     ] = "auto"
+    keep_attention: Annotated[
+        bool | Auto,
+        Field(description="compiled layers that recompute keep attention's output instead of computing it again"),
+    ] = "auto"
     reduce_bucket_size: Annotated[PositiveInt | Auto, Field(description="gradients that are reduced at a time")] = (
         "auto"
     )

@@ -296,3 +296,6 @@ def _differentiate(ctx: Any, gradient: torch.Tensor, _: Any) -> tuple[torch.Tens
 
 
 _forward_op.register_autograd(_differentiate, setup_context=_remember)
+
+#: The operators whose outputs a layer that recomputes may keep, so that attention is not computed again.
+OUTPUTS = (torch.ops.foretune.packed_attention.default,)

@@ -103,12 +103,13 @@ class Saved:
     keys: int = 2  # rotated keys, and values
     qk_norm: bool = False
     made_again: int = 2  # what the norms give to attention and MLP
+    mlp_read: bool = False  # what the MLP gives is read by a norm: a layer that recomputes makes it again
     fp32_scores: bool = False  # the family has no SDPA: whole attention scores, queries and keys in fp32
 
 
 _LLAMA_SAVED = Saved(hidden=2, hidden_fp32=2, norms=2, mlp=4)  # gate, its activation, up, their product
 _GEMMA_SAVED = Saved(hidden=2, hidden_fp32=2, norms=2, mlp=4, wide=True)
-_GEMMA2_SAVED = Saved(hidden=2, hidden_fp32=4, norms=4, mlp=4, wide=True)
+_GEMMA2_SAVED = Saved(hidden=2, hidden_fp32=4, norms=4, mlp=4, wide=True, mlp_read=True)
 _LAYER_NORM_SAVED = Saved(
     hidden=4, mlp=2
 )  # a LayerNorm keeps input and output, a fused activation its input and output
@@ -288,7 +289,8 @@ def _olmo2(keys: Keys, s: Sizes) -> Anatomy:
         (*_attention(s, qkv_bias=bias, out_bias=bias), *_gated_mlp(s)),
         norms=2 * s.h + s.q + s.k,
         final_norm=s.h,
-        saved=replace(_LLAMA_SAVED, qk_norm=True, wide=True, made_again=1),  # its norms come after the blocks
+        # Its norms come after the blocks.
+        saved=replace(_LLAMA_SAVED, qk_norm=True, wide=True, made_again=1, mlp_read=True),
     )
 
 

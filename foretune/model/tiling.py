@@ -68,7 +68,13 @@ def tile_mlps(model: Any, rows: int) -> int:
     mlps = [module for name, module in model.named_modules() if name.endswith(".mlp") and _treats_rows_alike(module)]
     for mlp in mlps:
         mlp.forward = MethodType(_in_tiles(mlp.forward, rows), mlp)
+        mlp.tile_rows = rows
     return len(mlps)
+
+
+def has_tiles(layer: torch.nn.Module) -> bool:
+    """Whether `tile_mlps` has changed an MLP of this layer."""
+    return any(hasattr(module, "tile_rows") for module in layer.modules())
 
 
 def _in_tiles(run: Callable[[torch.Tensor], torch.Tensor], rows: int) -> Callable[..., torch.Tensor]:

@@ -9,7 +9,7 @@ from foretune.config import Config
 from foretune.planning.predict import activations, host, memory
 from foretune.planning.predict.timing import starting_seconds
 from foretune.planning.search import EQUALLY_FAST, Candidate, best_of_families, family_of
-from foretune.planning.search.pins import eight_bits_obstacle, recomputing_obstacle
+from foretune.planning.search.pins import eight_bits_obstacle, keeping_obstacle, recomputing_obstacle
 from foretune.planning.search.space import may_have_bf16_states
 from foretune.planning.strategy import Strategy, Workload, gib
 
@@ -91,6 +91,7 @@ def explain_strategy(
         "loss_chunk_tokens": (s.loss_chunk_tokens, _explain_chunk(work, s)),
         "mlp_tile_rows": (s.mlp_tile_rows, _explain_tiles(work, s)),
         "recompute_pointwise": (s.recompute_pointwise, _explain_recomputing(config, work, s)),
+        "keep_attention": (s.keep_attention, _explain_keeping(work, s)),
         "reduce_bucket_size": (s.reduce_bucket_size, _explain_bucket(work, s)),
         "sub_group_size": (s.sub_group_size, _explain_sub_group(s)),
     }
@@ -181,6 +182,18 @@ def _explain_recomputing(config: Config, work: Workload, s: Strategy) -> str:
     if s.recompute_pointwise:
         return f"norms and gated products are made again: {here} a layer instead of {there}"
     return f"{here} a layer fits; to make norms and gated products again would keep {there}, and take time"
+
+
+def _explain_keeping(work: Workload, s: Strategy) -> str:
+    if obstacle := keeping_obstacle(work, s):
+        return obstacle
+    if not s.checkpointed_layers:
+        return "no effect: no layer recomputes"
+    tokens = s.micro_batch_size * work.max_length
+    size = gib(tokens * s.checkpointed_layers * activations.attention_output_bytes_per_token(work))
+    if s.keep_attention:
+        return f"{size} of outputs, and attention is not computed again"
+    return f"to keep its outputs would take {size}, or save too little"
 
 
 def _explain_bucket(work: Workload, s: Strategy) -> str:

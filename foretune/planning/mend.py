@@ -16,7 +16,7 @@ from foretune.planning.kernels import NO_SUMS_APART
 from foretune.planning.machines import catalogue
 from foretune.planning.predict import host, memory
 from foretune.planning.search import LOSS_CHUNKS, Candidate, best_of_families, evaluate, search_space
-from foretune.planning.search.pins import NOT_COMPILED
+from foretune.planning.search.pins import NOT_COMPILED, NOT_PACKED
 from foretune.planning.strategy import GIB, Workload, gib
 
 #: Shorter rows than this are not proposed.
@@ -55,6 +55,8 @@ def _pins_exclude(config: Config) -> UserError:
         return UserError("plan.sum_in_matmul", True, NO_SUMS_APART, "remove the key")
     if config.plan.recompute_pointwise is True:
         return UserError("plan.recompute_pointwise", True, NOT_COMPILED, "remove the key")
+    if config.plan.keep_attention is True:
+        return UserError("plan.keep_attention", True, f"{NOT_COMPILED}, and {NOT_PACKED}", "remove the key")
     assert config.plan.fp8 is True
     return UserError(
         "plan.fp8", True, "the other keys leave only ZeRO-3, which has no whole weights to cast", "remove the key"

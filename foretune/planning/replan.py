@@ -1,6 +1,7 @@
 """Another plan after the device's memory did not do: the same mathematics, less memory at a time.
 
-smaller micro-batches, more of them ──▶ pointwise values made again ──▶ layers recompute ──▶ all is streamed ──▶ None
+smaller micro-batches, more of them ──▶ pointwise values made again ──▶ attention's outputs not kept
+──▶ layers recompute ──▶ all is streamed ──▶ None
 """
 
 from __future__ import annotations
@@ -15,8 +16,7 @@ from foretune.planning.shapes import known_shape
 
 
 def after_out_of_memory(plan: Plan) -> Plan | None:
-    """Half the micro-batch at the same global batch; at one row, compiled layers make pointwise values again; then all
-    layers recompute; then all of a streamed optimizer leaves the device; then None.
+    """Half the micro-batch at the same global batch; at one row, the next rung of those above; None after the last.
 
     The update stays the same up to floating-point order. Predictions stay those of the first plan: `Plan.replanned`.
     """
@@ -41,6 +41,10 @@ def after_out_of_memory(plan: Plan) -> Plan | None:
         decision = Decision(field="plan.recompute_pointwise", value=True, reason=reason)
         return _changed(plan, decision, recompute_pointwise=True)
     layers = _layers(plan.model)
+    if plan.keep_attention:
+        reason = "the device ran out of memory with attention's outputs kept by layers that recompute"
+        decision = Decision(field="plan.keep_attention", value=False, reason=reason)
+        return _changed(plan, decision, keep_attention=False)
     if plan.checkpointed_layers < layers:
         reason = f"the device ran out of memory with {plan.checkpointed_layers} of {layers} layers recomputed"
         decision = Decision(field="plan.checkpointed_layers", value=layers, reason=reason)

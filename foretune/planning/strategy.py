@@ -76,6 +76,7 @@ class Strategy:
     streamed: bool = False
     mlp_tile_rows: int = 0  # rows of an MLP that exist at a time; 0 is all of them
     recompute_pointwise: bool = False  # compiled layers make norms' outputs and gated products again in backward
+    keep_attention: bool = False  # compiled layers that recompute keep attention's output
 
     def sized_for(self, work: Workload) -> Strategy:
         """With buckets and sub-groups as they are derived from the model."""

@@ -91,7 +91,7 @@ def build_engine(assignment: Assignment, device: torch.device) -> tuple[DeepSpee
     )
     apply_weight_sums(assignment, model, engine)
     if compiling:
-        compile_layers(model, recompute_pointwise=plan.recompute_pointwise)
+        compile_layers(model, recompute_pointwise=plan.recompute_pointwise, keep_attention=plan.keep_attention)
     # Dropout draws from here on: different on every rank, the same on every start.
     seed_everything(config.train.seed + assignment.rank.rank)
     return engine, model

@@ -179,7 +179,7 @@ def test_compiled_layers(name: str, checkpointed: int, *, lora: bool, again: boo
         attention.use_packed_attention(model)
         checkpoint_layers(model, checkpointed)
         attach_loss(model, chunk_tokens=300, fused=True)
-        assert compile_layers(model, recompute_pointwise=again) == 3
+        assert compile_layers(model, recompute_pointwise=again, keep_attention=again) == 3
 
     check(name, prepare, lora=lora)
 

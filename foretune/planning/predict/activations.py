@@ -98,13 +98,29 @@ def makes_again(work: Workload, strategy: Strategy) -> bool:
     return strategy.recompute_pointwise and is_compiled(work, strategy) and not strategy.mlp_tile_rows
 
 
+def recomputes_inside(work: Workload, strategy: Strategy) -> bool:
+    """Whether layers that recompute do so inside their compiled backward (`foretune.model.compilation`)."""
+    return strategy.keep_attention and is_compiled(work, strategy) and not strategy.mlp_tile_rows
+
+
+def attention_output_bytes_per_token(work: Workload) -> int:
+    """What attention gives to one layer: its output (bq), and 4 bytes of log-sum-exp a head."""
+    heads = work.shape.num_attention_heads
+    return work.parameter_bytes * heads * work.shape.head_dim + 4 * heads
+
+
+def checkpoint_bytes_per_token(work: Workload, strategy: Strategy) -> int:
+    """What a layer that recomputes keeps: its input (bh), and attention's output where that is kept."""
+    kept = attention_output_bytes_per_token(work) if strategy.keep_attention else 0
+    return work.parameter_bytes * work.shape.hidden_size + kept
+
+
 def activation_bytes(work: Workload, strategy: Strategy) -> int:
-    """Activations of one micro-batch when forward has ended: saved tensors, inputs of checkpointed layers, the ends."""
-    shape, b = work.shape, work.parameter_bytes
+    """Activations of one micro-batch when forward has ended: saved tensors, what checkpointed layers keep, the ends."""
     tokens = strategy.micro_batch_size * work.max_length
     kept = strategy.checkpointed_layers
     saved = layer_bytes_per_token(work, strategy)
-    layers = (shape.num_layers - kept) * saved + kept * b * shape.hidden_size
+    layers = (work.shape.num_layers - kept) * saved + kept * checkpoint_bytes_per_token(work, strategy)
     return tokens * (layers + around_bytes_per_token(work)) + mask_bytes(work, strategy)
 
 

@@ -176,6 +176,10 @@ def _activations(phase: str, work: Workload, strategy: Strategy) -> Iterator[Der
     if kept:
         inputs = tokens * kept * b * shape.hidden_size
         yield line("T·k·b·h", f"{tokens:,} · {kept} · {b} · {shape.hidden_size}", inputs, CHECKPOINTING)
+        if strategy.keep_attention:
+            output = activations.attention_output_bytes_per_token(work)
+            what = "attention's output in layers that recompute"
+            yield line("T·k·(bq + …)", f"{tokens:,} · {kept} · {output:,}", tokens * kept * output, what)
     around = activations.around_bytes_per_token(work)
     yield line(
         "T·((4 + 2b)·h + …)", f"{tokens:,} · {around:,}", tokens * around, "last norm, rotary tables, ids, labels"

@@ -16,7 +16,12 @@ from math import ceil
 
 from foretune.artifacts import Cluster
 from foretune.model.shape import ModelShape
-from foretune.planning.predict.activations import is_compiled, layer_bytes_per_token, makes_again
+from foretune.planning.predict.activations import (
+    is_compiled,
+    layer_bytes_per_token,
+    makes_again,
+    recomputes_inside,
+)
 from foretune.planning.predict.eager import eager_costs
 from foretune.planning.predict.memory import reduced_at_step, sums_apart, sums_inside
 from foretune.planning.strategy import Strategy, Workload
@@ -84,6 +89,8 @@ HOST_MEMORY_BANDWIDTH = 200e9
 PAGE_LOCKING = 3.1e9
 #: Seconds to start one collective.
 COLLECTIVE_LATENCY = {"cuda": 3e-5, "cpu": 1e-3}
+#: A strategy whose layers keep what backward needs.
+_NOTHING_AGAIN = Strategy(0, 1, 1)
 
 
 @dataclass(frozen=True)
@@ -111,25 +118,32 @@ class StepTime:
         return self.compute + self.memory_bound + self.communication + self.offload + self.optimizer
 
 
-def flops_per_row(work: Workload, checkpointed_layers: int = 0) -> float:
-    """FLOP of one row, forward and backward, recomputation included."""
+def flops_per_row(work: Workload, strategy: Strategy = _NOTHING_AGAIN) -> float:
+    """FLOP of one row's products with weights, forward and backward, what recomputed layers do again included.
+
+    Inside a compiled backward that is all but the MLP's last product, unless a norm reads what it gives.
+    """
     shape = work.shape
-    share = checkpointed_layers / shape.num_layers
-    factor = (4.0 if work.frozen else 6.0) + 2.0 * share
-    layers = factor * (shape.matmul_parameters - shape.vocab_size * shape.hidden_size)
-    head = (4.0 if work.frozen else 6.0) * shape.vocab_size * shape.hidden_size
+    head = shape.vocab_size * shape.hidden_size
+    layers = shape.matmul_parameters - head
+    again = layers / shape.num_layers
+    if recomputes_inside(work, strategy) and not shape.saved.mlp_read:
+        i, h = shape.intermediate_size, shape.hidden_size
+        again -= sum(one.copies * i * h for one in shape.linears if (one.inputs, one.outputs) == (i, h))
     adapters = 6.0 * work.trainable if work.frozen else 0.0
-    return work.row_length * (layers + head + adapters)
+    weights = (4.0 if work.frozen else 6.0) * (layers + head)
+    return work.row_length * (weights + adapters + 2.0 * strategy.checkpointed_layers * again)
 
 
-def attention_flops_per_row(work: Workload, checkpointed_layers: int = 0) -> float:
+def attention_flops_per_row(work: Workload, strategy: Strategy = _NOTHING_AGAIN) -> float:
     """FLOP of causal attention in one row: q · length per token, layer and product; two forward, five backward.
 
-    Kernels that know where documents end see a document; with a mask, every product of the row is computed.
+    Kernels that know where documents end see a document; with a mask, every product of the row is computed. Layers that
+    recompute do the two of forward again, unless they keep the output.
     """
     shape = work.shape
     width = shape.num_attention_heads * shape.head_dim
-    passes = 7.0 + 2.0 * checkpointed_layers / shape.num_layers
+    passes = 7.0 + (0.0 if strategy.keep_attention else 2.0 * strategy.checkpointed_layers / shape.num_layers)
     length = work.row_length
     if work.packing:
         length = work.document_length if work.attention == "packed" else 2.0 * work.row_length
@@ -145,10 +159,10 @@ def step_time(work: Workload, strategy: Strategy, cluster: Cluster) -> StepTime:
     """Predict one optimizer step on one rank (all ranks do the same)."""
     rows = strategy.micro_batch_size * strategy.accumulation_steps
     rate = _matmul_rate(work, cluster)
-    compute = rows * flops_per_row(work, strategy.checkpointed_layers) / rate
+    compute = rows * flops_per_row(work, strategy) / rate
     attention_rate = rate * _attention_share(work) / MATMUL_SHARE
     compute += rows * _tiled_flops_per_row(work, strategy) / rate
-    compute += rows * attention_flops_per_row(work, strategy.checkpointed_layers) / attention_rate
+    compute += rows * attention_flops_per_row(work, strategy) / attention_rate
     memory_bound = _traffic(work, strategy, cluster) / _bandwidth(cluster)
     device, host = compute + memory_bound, _host_seconds(work, strategy, cluster)
     larger = max(device, host)

@@ -77,6 +77,7 @@ def fastest(candidates: list[Candidate]) -> Candidate | None:
             one.strategy.zero_stage,
             one.strategy.checkpointed_layers,
             one.strategy.recompute_pointwise,
+            one.strategy.keep_attention,
             -one.strategy.loss_chunk_tokens,
             one.device.peak,
         ),

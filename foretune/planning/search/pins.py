@@ -16,6 +16,8 @@ TILED_FAMILIES = frozenset({
 #: Why layers cannot make pointwise values again.
 NOT_COMPILED = "only compiled layers can"
 _IN_TILES, _IN_8_BITS = "MLPs in tiles compute themselves again", "8-bit linear maps keep what they multiply"
+#: Why layers that recompute cannot keep attention's output.
+NOT_PACKED, _BROKEN = "only packed attention's can be kept", "layers with MLPs in tiles recompute as a whole"
 
 
 def refuse_impossible_pins(config: Config, work: Workload, cluster: Cluster) -> None:
@@ -55,6 +57,8 @@ def refuse_impossible_pins(config: Config, work: Workload, cluster: Cluster) -> 
         raise UserError("plan.mlp_tile_rows", plan.mlp_tile_rows, obstacle, "use auto or 0")
     if plan.recompute_pointwise is True and (obstacle := _pinned_recomputing(config, cluster)):
         raise UserError("plan.recompute_pointwise", True, obstacle, "use auto or false")
+    if plan.keep_attention is True and (obstacle := _pinned_keeping(config, cluster)):
+        raise UserError("plan.keep_attention", True, obstacle, "use auto or false")
     if plan.nvme_path is not None and on_cpu:
         raise UserError("plan.nvme_path", plan.nvme_path, "DeepSpeed swaps a GPU's states only", "remove the key")
     if plan.optimizer_dtype not in ("auto", "fp32") and not config.allow_numerics:
@@ -134,12 +138,35 @@ def recomputing_obstacle(config: Config, work: Workload, strategy: Strategy) -> 
 def _pinned_recomputing(config: Config, cluster: Cluster) -> str | None:
     """The same of what is pinned, before there is a strategy."""
     plan = config.plan
-    at_stage_3 = plan.zero_stage == 3 or plan.offload_param is True
-    if cluster.accelerator.kind != "cuda" or plan.compile is False or at_stage_3 or not config.data.packing:
+    if _cannot_compile(config, cluster):
         return NOT_COMPILED
     if plan.fp8 is True:
         return _IN_8_BITS
     return _IN_TILES if plan.mlp_tile_rows not in ("auto", 0) else None
+
+
+def keeping_obstacle(work: Workload, strategy: Strategy) -> str | None:
+    """Why layers that recompute cannot keep attention's output; None if they can."""
+    if not is_compiled(work, strategy):
+        return NOT_COMPILED
+    if work.attention != "packed":
+        return NOT_PACKED
+    return _BROKEN if strategy.mlp_tile_rows else None
+
+
+def _pinned_keeping(config: Config, cluster: Cluster) -> str | None:
+    """The same of what is pinned, before there is a strategy."""
+    if _cannot_compile(config, cluster):
+        return NOT_COMPILED
+    if config.plan.attention == "sdpa":
+        return NOT_PACKED
+    return _BROKEN if config.plan.mlp_tile_rows not in ("auto", 0) else None
+
+
+def _cannot_compile(config: Config, cluster: Cluster) -> bool:
+    plan = config.plan
+    at_stage_3 = plan.zero_stage == 3 or plan.offload_param is True
+    return cluster.accelerator.kind != "cuda" or plan.compile is False or at_stage_3 or not config.data.packing
 
 
 def tiling_obstacle(config: Config, work: Workload, stage: int | None) -> str | None:

@@ -20,6 +20,7 @@ from foretune.planning.predict import host, memory
 from foretune.planning.search.candidates import work_for
 from foretune.planning.search.pins import (
     eight_bits_obstacle,
+    keeping_obstacle,
     pinned_share,
     recomputing_obstacle,
     streaming_obstacle,
@@ -57,6 +58,8 @@ def search_space(config: Config, work: Workload, cluster: Cluster) -> Iterator[S
                 layers = layers if pinned_layers == "auto" else pinned_layers
                 if fewest is None or layers < fewest or chunk == chunks[-1]:
                     yield from _with_shares(config, work, replace(batch, checkpointed_layers=layers), cluster)
+                if fewest is None and layers and config.plan.keep_attention == "auto":
+                    yield from _with_attention_kept(config, work, batch, cluster)
                 if fewest is None and layers and _may_tile(config, work, batch):
                     yield from _with_tiles(config, work, batch, cluster)
                 if layers == 0:
@@ -83,14 +86,24 @@ def _may_fit(config: Config, work: Workload, strategy: Strategy, cluster: Cluste
 
 def _may_tile(config: Config, work: Workload, strategy: Strategy) -> bool:
     """Whether MLPs in tiles are worth a look where not all layers can keep what they compute."""
-    pins = config.plan.sum_in_matmul, config.plan.recompute_pointwise
+    pins = config.plan.sum_in_matmul, config.plan.recompute_pointwise, config.plan.keep_attention
     free = config.plan.mlp_tile_rows == "auto" and True not in pins
     return free and work.max_length >= LONG_ROWS and not tiling_obstacle(config, work, strategy.zero_stage)
 
 
+def _with_attention_kept(config: Config, work: Workload, strategy: Strategy, cluster: Cluster) -> Iterator[Strategy]:
+    """A strategy whose recomputed layers keep attention's output, if they can: as many layers as that takes."""
+    keeping = replace(strategy, keep_attention=True)
+    if keeping_obstacle(work, keeping):
+        return
+    layers = config.plan.checkpointed_layers
+    layers = fewest_layers(work_for(work, keeping), keeping, cluster) if layers == "auto" else layers
+    yield from _with_shares(config, work, replace(keeping, checkpointed_layers=layers), cluster)
+
+
 def _with_tiles(config: Config, work: Workload, strategy: Strategy, cluster: Cluster) -> Iterator[Strategy]:
     """A strategy with MLPs in tiles: inside them nothing is kept, so fewer layers recompute."""
-    tiled = replace(strategy, mlp_tile_rows=TILE_ROWS, recompute_pointwise=False)
+    tiled = replace(strategy, mlp_tile_rows=TILE_ROWS, recompute_pointwise=False, keep_attention=False)
     layers = config.plan.checkpointed_layers
     layers = fewest_layers(work_for(work, tiled), tiled, cluster) if layers == "auto" else layers
     yield from _with_shares(config, work, replace(tiled, checkpointed_layers=layers), cluster)
@@ -126,6 +139,10 @@ def _layouts_with_kernels(config: Config, work: Workload, cluster: Cluster) -> I
         if config.plan.sum_in_matmul is True and not memory.sums_apart(work, one):
             continue
         layout = replace(one, mlp_tile_rows=0 if pinned_rows == "auto" else pinned_rows)
+        if config.plan.keep_attention is True:
+            layout = replace(layout, keep_attention=True)
+            if keeping_obstacle(work, layout):
+                continue
         for again in _recomputing(config, work, layout):
             yield replace(layout, recompute_pointwise=again)
 

@@ -38,6 +38,7 @@ CONFIGS = {
 #: torch's compiler looks at every tensor's .grad and warns of itself.
 QUIET = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
 LENGTHS = [[9, 17, 6], [5, 27]]  # documents of two rows of 32 tokens
+CALLS: list[int] = []  # of the operator, forward: its tokens
 
 
 def documents(bounds: torch.Tensor) -> list[slice]:
@@ -54,6 +55,7 @@ def weights_of(q: torch.Tensor, k: torch.Tensor, *, window: int, scale: float) -
 def cpu_forward(query, key, value, bounds, longest, scale, window):  # noqa: PLR0917 (the operator's signature)
     """The textbook, one document after the other. [T, heads, d]."""
     assert int(longest) == int(bounds.diff().max())
+    CALLS.append(len(query))
     group = query.shape[1] // key.shape[1]
     output = torch.empty_like(query)
     for here in documents(bounds):
@@ -154,9 +156,11 @@ def test_loss_and_gradients_are_those_of_each_document_alone(name: str) -> None:
 
 
 @QUIET
+@pytest.mark.parametrize("keep", [False, True])
 @pytest.mark.parametrize("checkpointed", [0, 1, 2])
-def test_compiled_layers_give_the_same(checkpointed: int) -> None:
+def test_compiled_layers_give_the_same(checkpointed: int, *, keep: bool) -> None:
     """Traced and differentiated by torch's compiler (its own kernels need a GPU), checkpointed or not."""
+    torch._dynamo.reset()
     plain, packed = make("llama").train(), make("llama").train()
     inputs = batch()
     expected = plain_loss(plain, inputs)
@@ -164,11 +168,13 @@ def test_compiled_layers_give_the_same(checkpointed: int) -> None:
     attention.use_packed_attention(packed)
     attach_loss(packed, chunk_tokens=5)
     checkpoint_layers(packed, checkpointed)
-    assert compile_layers(packed, backend="aot_eager") == 2
+    assert compile_layers(packed, keep_attention=keep, backend="aot_eager") == 2
+    CALLS.clear()
     loss = packed(**inputs)
     loss.backward()
     torch.testing.assert_close(loss, expected, rtol=1e-10, atol=0)
     assert_same_gradients(packed, plain)
+    assert len(CALLS) == 2 + (0 if keep else checkpointed), "of attention, forward"
 
 
 @QUIET

@@ -99,7 +99,7 @@ def test_nothing_is_summed_inside_products_that_do_not_sum(hardware: str, model:
 def test_sums_that_are_asked_for_narrow_the_search() -> None:
     made = plan("4xH100-80GB", "plan.sum_in_matmul=true", model="Qwen/Qwen2.5-7B")
     assert (made.zero_stage, made.sum_in_matmul) == (1, True)
-    rows = ["train.max_length=131072", "train.global_batch_size=1"]
+    rows = ["train.max_length=262144", "train.global_batch_size=1"]
     assert plan("1xH100-80GB", *rows, model="Qwen/Qwen2.5-1.5B").mlp_tile_rows
     untiled = plan("1xH100-80GB", *rows, "plan.sum_in_matmul=true", model="Qwen/Qwen2.5-1.5B")
     assert (untiled.mlp_tile_rows, untiled.sum_in_matmul) == (0, True)
@@ -130,6 +130,37 @@ def test_pointwise_values_made_again_are_planned_where_they_pay() -> None:
     kept = plan("1xRTX4090,ram=64GB", "method=lora", "plan.recompute_pointwise=false", model="Qwen/Qwen2.5-7B")
     assert small.checkpointed_layers < kept.checkpointed_layers
     assert small.predicted.step_seconds < kept.predicted.step_seconds
+
+
+def test_attention_is_kept_where_documents_are_long() -> None:
+    rows = ["train.max_length=65536", "train.global_batch_size=1"]
+    made = plan("1xH100-80GB", *rows, model="Qwen/Qwen2.5-1.5B")
+    other = plan("1xH100-80GB", *rows, "plan.keep_attention=false", model="Qwen/Qwen2.5-1.5B")
+    assert made.keep_attention
+    assert made.checkpointed_layers
+    assert not other.keep_attention
+    assert made.predicted.step_seconds < other.predicted.step_seconds
+    assert "not computed again" in reason_of(made, "plan.keep_attention")
+    free = plan("1xH100-80GB", model="Qwen/Qwen2.5-1.5B")
+    assert (free.checkpointed_layers, free.keep_attention) == (0, False)
+    assert "no layer recomputes" in reason_of(free, "plan.keep_attention")
+
+
+def test_kept_attention_that_is_asked_for_is_kept_to_or_refused() -> None:
+    asked = "plan.keep_attention=true"
+    made = plan("1xH100-80GB", asked, "plan.checkpointed_layers=4", tokens=1_000_000)
+    assert (made.keep_attention, made.compile_layers, made.attention) == (True, True, "packed")
+    impossible = (
+        ["plan.zero_stage=3"], ["plan.compile=false"], ["plan.offload_param=true"], ["plan.mlp_tile_rows=4096"],
+        ["plan.attention=sdpa"], ["data.packing=false"], ["train.precision=fp32"],
+    )  # fmt: skip
+    for pins in impossible:
+        with pytest.raises(UserError) as caught:
+            plan("1xH100-80GB", asked, *pins)
+        assert caught.value.field == "plan.keep_attention", pins
+    with pytest.raises(UserError) as caught:
+        plan("2xcpu,ram=64GB", asked, tokens=100_000)
+    assert caught.value.field == "plan.keep_attention"
 
 
 def test_pointwise_values_that_are_asked_for_are_kept_to_or_refused() -> None:

@@ -43,6 +43,19 @@ def test_compiled_layers_make_pointwise_values_again_before_they_recompute() -> 
     ]
 
 
+def test_attention_is_not_kept_before_more_layers_recompute() -> None:
+    plan = first_plan().model_copy(
+        update={"micro_batch_size_per_gpu": 1, "compile_layers": True, "recompute_pointwise": True,
+                "keep_attention": True, "checkpointed_layers": 2}
+    )  # fmt: skip
+    without = planning.after_out_of_memory(plan)
+    assert without is not None
+    assert (without.keep_attention, without.checkpointed_layers) == (False, 2)
+    last = planning.after_out_of_memory(without)
+    assert last is not None
+    assert last.checkpointed_layers == 5
+
+
 def test_micro_batches_shrink_then_layers_recompute_then_it_ends() -> None:
     plans = [first_plan()]
     while (plan := planning.after_out_of_memory(plans[-1])) is not None:

@@ -87,7 +87,20 @@ def test_flops_are_six_per_multiplied_parameter_and_token() -> None:
     embedding = work.shape.vocab_size * work.shape.hidden_size
     multiplied = work.shape.parameters - embedding  # the token embedding is looked up, norms hardly count
     assert flops_per_row(work) == pytest.approx(6 * multiplied * work.row_length, rel=1e-3)
-    assert flops_per_row(work, 32) == pytest.approx(8 * multiplied * work.row_length, rel=0.03)
+    again = Strategy(1, 1, 1, checkpointed_layers=32)
+    assert flops_per_row(work, again) == pytest.approx(8 * multiplied * work.row_length, rel=0.03)
+
+
+def test_layers_that_keep_attention_do_all_but_the_last_product_again() -> None:
+    work = replace(work_of("llama-3.1-8b"), compiled=True, attention="packed", packing=True)
+    again = Strategy(1, 1, 1, checkpointed_layers=32)
+    kept = replace(again, keep_attention=True)
+    last = 32 * work.shape.intermediate_size * work.shape.hidden_size
+    assert flops_per_row(work, again) - flops_per_row(work, kept) == 2 * work.row_length * last
+    read = replace(work, shape=replace(work.shape, saved=replace(work.shape.saved, mlp_read=True)))
+    assert flops_per_row(read, kept) == flops_per_row(work, again)
+    assert attention_flops_per_row(work, again) == pytest.approx(9 / 7 * attention_flops_per_row(work, kept))
+    assert attention_flops_per_row(work, kept) == attention_flops_per_row(work)
 
 
 def test_attention_sees_its_own_document_only() -> None:
