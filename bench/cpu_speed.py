@@ -173,7 +173,7 @@ def main() -> None:
             Path(sys.argv[4]).write_text(json.dumps(result))
         return
     from foretune.config import load_config
-    from foretune.data import prepare
+    from foretune.data.prepare import prepare
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True)

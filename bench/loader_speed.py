@@ -34,7 +34,8 @@ def main() -> None:
     import torch
 
     from foretune.config import load_config
-    from foretune.data import open_loader, prepare
+    from foretune.data import open_loader
+    from foretune.data.prepare import prepare
     from foretune.training.objective import to_device
 
     torch.set_num_threads(1)

@@ -52,7 +52,7 @@ def run_ours(data: Path, model: Path, scratch: Path, num_proc: int) -> dict[str,
     import transformers  # noqa: F401
 
     from foretune.config import load_config
-    from foretune.data import prepare
+    from foretune.data.prepare import prepare
 
     settings = [f"train.max_length={MAX_LENGTH}", f"data.num_proc={num_proc}"]
     config = load_config(flags={"model": str(model), "data": str(data)}, settings=settings)

@@ -46,7 +46,8 @@ def sync_folder(folder: Path) -> None:
 class Artifact(BaseModel):
     """Base of the nouns: frozen, JSON on disk, with a format version that a reader checks."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    # A validator is built when its class is first used: no verb uses them all, and each takes milliseconds.
+    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
     version: int = 1
     file_name: ClassVar[str]
 

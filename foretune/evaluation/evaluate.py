@@ -31,8 +31,9 @@ from foretune.artifacts import (
 from foretune.checkpoint import store
 from foretune.checkpoint.consolidate import load_weights
 from foretune.config import Config, DataConfig, DataSource, parse_config
-from foretune.data import load_tokenizer, prepare
+from foretune.data import load_tokenizer
 from foretune.data.chat_template import stop_token_ids
+from foretune.data.prepare import prepare
 from foretune.errors import UserError
 from foretune.evaluation.bootstrap import interval, resampled_means
 from foretune.evaluation.documents import Document, Documents, folder_for, held_out, whole_folder

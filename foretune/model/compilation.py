@@ -129,5 +129,5 @@ def _dispatch(plain: Callable[..., Any], compiled: Callable[..., Any]) -> Callab
 
 def _recomputed(run: Callable[..., Any], *args: Any, kept: tuple[Any, ...], **kwargs: Any) -> Any:
     """What `run` returns; backward calls it again, but for the operators that are `kept`."""
-    contexts = {"context_fn": partial(create_selective_checkpoint_contexts, list(kept))} if kept else {}
+    contexts: dict[str, Any] = {"context_fn": partial(create_selective_checkpoint_contexts, list(kept))} if kept else {}
     return torch.utils.checkpoint.checkpoint(run, *args, use_reentrant=False, **contexts, **kwargs)

@@ -165,7 +165,7 @@ class _Road:
 
     def prepare(self, *, weights: bool) -> tuple[Path, PreparedDataset]:
         """Find the model (fetch or convert it, if need be), clean and pack the data."""
-        from foretune.data import prepare
+        from foretune.data.prepare import prepare
 
         say = self._progress_of("prepare")
         before = _read(PreparedDataset, self.run.data)

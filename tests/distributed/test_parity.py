@@ -20,7 +20,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from foretune.artifacts import IGNORE_INDEX
 from foretune.config import load_config
-from foretune.data import open_loader, prepare
+from foretune.data import open_loader
+from foretune.data.prepare import prepare
 
 TOKENIZER = Path(__file__).parents[1] / "models" / "stories260K"
 WORLD_SIZES = (1, 2, 4)

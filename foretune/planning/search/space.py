@@ -1,7 +1,7 @@
 """The space that is searched: layouts, and for each the batches, chunks, tiles, layers and shares worth looking at.
 
-For each layout, micro-batch and chunk the fewest checkpointed layers that fit are found by bisection: each costs time
-and frees memory, so nothing between is worth looking at. A streamed optimizer costs time for every byte that leaves the
+For each layout, micro-batch and chunk the fewest checkpointed layers that fit are computed: each costs time and frees
+memory, so nothing between is worth looking at. A streamed optimizer costs time for every byte that leaves the
 device, a kept layer saves time for bytes that stay: both are linear, so one of them goes as far as it can and the other
 follows. Pins narrow the space. Buckets and sub-groups are derived from the model (`buckets_for`) unless they are
 pinned.
@@ -9,6 +9,7 @@ pinned.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import replace
 from math import ceil, floor
@@ -47,28 +48,59 @@ def search_space(config: Config, work: Workload, cluster: Cluster) -> Iterator[S
     pinned_layers, pinned_chunk = config.plan.checkpointed_layers, config.plan.loss_chunk_tokens
     batches = list(_batches(config, work, cluster))
     for layout in _layouts_with_kernels(config, work, cluster):
-        hopeless = not _may_fit(config, work, replace(layout, micro_batch_size=batches[-1][0]), cluster)
-        for micro_batch, steps in batches[-1:] if hopeless else batches:
+        enough = work.shape.num_layers  # to recompute; what a larger micro-batch needed is enough for a smaller one
+        for micro_batch, steps in _that_may_fit(config, work, layout, batches, cluster):
+            batch = replace(layout, micro_batch_size=micro_batch, accumulation_steps=steps)
             tokens = micro_batch * work.max_length
             chunks = sorted({min(chunk, tokens) for chunk in LOSS_CHUNKS}, reverse=True)
-            fewest: int | None = None
-            for chunk in chunks if pinned_chunk == "auto" else (pinned_chunk,):
-                batch = replace(layout, micro_batch_size=micro_batch, accumulation_steps=steps, loss_chunk_tokens=chunk)
-                layers = fewest_layers(work_for(work, batch), batch, cluster, at_most=fewest)
-                layers = layers if pinned_layers == "auto" else pinned_layers
-                if fewest is None or layers < fewest or chunk == chunks[-1]:
-                    yield from _with_shares(config, work, replace(batch, checkpointed_layers=layers), cluster)
-                if fewest is None and layers and config.plan.keep_attention == "auto":
-                    yield from _with_attention_kept(config, work, batch, cluster)
-                if fewest is None and layers and _may_tile(config, work, batch):
-                    yield from _with_tiles(config, work, batch, cluster)
-                if layers == 0:
-                    break  # smaller chunks are slower, and nothing is left to be saved
-                fewest = layers
+            chunks = chunks if pinned_chunk == "auto" else [pinned_chunk]
+            if pinned_layers == "auto":
+                pairs = _chunks_and_layers(work, batch, cluster, chunks=chunks, at_most=enough)
+                enough = pairs[0][1]
+            else:
+                pairs = [(chunk, pinned_layers) for chunk in chunks]
+            for chunk, layers in pairs:
+                one = replace(batch, loss_chunk_tokens=chunk, checkpointed_layers=layers)
+                yield from _with_shares(config, work, one, cluster)
+            if pairs[0][1]:
+                yield from _with_less_inside(config, work, replace(batch, loss_chunk_tokens=chunks[0]), cluster)
+
+
+def _chunks_and_layers(
+    work: Workload, strategy: Strategy, cluster: Cluster, *, chunks: list[int], at_most: int
+) -> list[tuple[int, int]]:
+    """The chunks worth looking at, of those given, the largest first, and the fewest layers that recompute with each.
+
+    Small chunks are slower: they are for letting fewer layers recompute, and the smallest for what fits at all.
+    """
+
+    def fewest(chunk: int, at_most: int) -> int:
+        one = replace(strategy, loss_chunk_tokens=chunk)
+        return fewest_layers(work_for(work, one), one, cluster, at_most=at_most)
+
+    pairs = [(chunks[0], fewest(chunks[0], at_most))]
+    if pairs[0][1] == 0 or len(chunks) == 1:
+        return pairs
+    least = fewest(chunks[-1], pairs[0][1])
+    for chunk in chunks[1:-1]:
+        before = pairs[-1][1]
+        if before > least and (layers := fewest(chunk, before)) < before:
+            pairs.append((chunk, layers))
+    return pairs if pairs[-1][1] == 0 else [*pairs, (chunks[-1], least)]
+
+
+def _that_may_fit(
+    config: Config, work: Workload, layout: Strategy, batches: list[tuple[int, int]], cluster: Cluster
+) -> list[tuple[int, int]]:
+    """Of batches, the largest micro-batch first, those that may fit; if none does, the last is enough to say why."""
+    first = bisect_left(
+        batches, True, key=lambda batch: _may_fit(config, work, replace(layout, micro_batch_size=batch[0]), cluster)
+    )
+    return batches[min(first, len(batches) - 1) :]
 
 
 def _may_fit(config: Config, work: Workload, strategy: Strategy, cluster: Cluster) -> bool:
-    """Whether a layout with its least micro-batch can fit: if not, one batch of it is enough to say why."""
+    """Whether a layout can fit with this micro-batch, whatever else is chosen."""
     plan, layers = config.plan, work.shape.num_layers
     chunk = LOSS_CHUNKS[-1] if plan.loss_chunk_tokens == "auto" else plan.loss_chunk_tokens
     depths = (0, layers) if plan.checkpointed_layers == "auto" else (plan.checkpointed_layers,)
@@ -89,6 +121,14 @@ def _may_tile(config: Config, work: Workload, strategy: Strategy) -> bool:
     pins = config.plan.sum_in_matmul, config.plan.recompute_pointwise, config.plan.keep_attention
     free = config.plan.mlp_tile_rows == "auto" and True not in pins
     return free and work.max_length >= LONG_ROWS and not tiling_obstacle(config, work, strategy.zero_stage)
+
+
+def _with_less_inside(config: Config, work: Workload, strategy: Strategy, cluster: Cluster) -> Iterator[Strategy]:
+    """Where layers recompute: those that keep attention's output, and those that have their MLPs in tiles."""
+    if config.plan.keep_attention == "auto":
+        yield from _with_attention_kept(config, work, strategy, cluster)
+    if _may_tile(config, work, strategy):
+        yield from _with_tiles(config, work, strategy, cluster)
 
 
 def _with_attention_kept(config: Config, work: Workload, strategy: Strategy, cluster: Cluster) -> Iterator[Strategy]:
@@ -257,18 +297,23 @@ def _batches(config: Config, work: Workload, cluster: Cluster) -> Iterator[tuple
 
 
 def fewest_layers(work: Workload, strategy: Strategy, cluster: Cluster, *, at_most: int | None = None) -> int:
-    """The fewest checkpointed layers that fit the device; all of them if none fit."""
-    limit, low = memory.budget(cluster), 0
-    high = work.shape.num_layers if at_most is None else at_most
+    """The fewest checkpointed layers that fit the device, or `at_most` (all of them) if none fit.
 
-    def fits(layers: int) -> bool:
-        return memory.device_memory(work, replace(strategy, checkpointed_layers=layers), cluster).peak <= limit
-
-    if fits(0):
+    From the first on, every phase of a step grows by the same for each.
+    """
+    limit = memory.budget(cluster)
+    most = work.shape.num_layers if at_most is None else at_most
+    if most == 0:
         return 0
-    if not fits(high):
-        return high
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (low, middle) if fits(middle) else (middle, high)
-    return high
+
+    def sizes(layers: int) -> list[int]:
+        by_phase = memory.phases(work, replace(strategy, checkpointed_layers=layers), cluster)
+        return [sum(parts.values()) for parts in by_phase.values()]
+
+    if max(sizes(0)) <= limit:
+        return 0
+    last = sizes(most)
+    if max(last) > limit or most == 1:
+        return most
+    pairs = [(one, all_of_them) for one, all_of_them in zip(sizes(1), last, strict=True) if one > limit]
+    return max((1 + ceil((one - limit) * (most - 1) / (one - all_of_them)) for one, all_of_them in pairs), default=1)

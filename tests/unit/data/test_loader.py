@@ -17,9 +17,10 @@ from hypothesis import strategies as st
 
 from foretune.artifacts import IGNORE_INDEX
 from foretune.config import parse_config
-from foretune.data import Loader, MicroBatch, open_loader, prepare
+from foretune.data import Loader, MicroBatch, open_loader
 from foretune.data.loader import DocumentStore
 from foretune.data.packing import PackIndex
+from foretune.data.prepare import prepare
 from foretune.errors import UserError
 
 STORIES = Path(__file__).parents[2] / "models" / "stories260K"

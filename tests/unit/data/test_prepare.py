@@ -14,9 +14,10 @@ import pytest
 
 from foretune.artifacts import IGNORE_INDEX, PreparedDataset
 from foretune.config.schema import Config
-from foretune.data import open_loader, prepare, readers
+from foretune.data import open_loader, readers
 from foretune.data.loader import DocumentStore
 from foretune.data.packing import PackIndex
+from foretune.data.prepare import prepare
 from foretune.errors import UserError
 
 STORIES = Path(__file__).parents[2] / "models" / "stories260K"

@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 
 from foretune.artifacts import EvaluationReport, RunFolder
 from foretune.config import Config, load_config, parse_config, to_yaml
-from foretune.data import open_loader, prepare
+from foretune.data import open_loader
+from foretune.data.prepare import prepare
 from foretune.errors import UserError, VerificationFailed
 from foretune.evaluation import evaluate_model, evaluate_run
 

@@ -35,13 +35,21 @@ def decision(plan: Plan, field: str) -> Decision:
 
 @pytest.mark.parametrize("length", [65536, 131072])
 def test_long_rows_keep_layers_instead_of_inner_values(config_of: MakeConfig, length: int) -> None:
-    tiled = plan_of(long_rows(config_of, length))
-    whole = plan_of(long_rows(config_of, length, mlp_tile_rows=0))
+    tiled = plan_of(long_rows(config_of, length, keep_attention=False))
+    whole = plan_of(long_rows(config_of, length, keep_attention=False, mlp_tile_rows=0))
     assert tiled.mlp_tile_rows == 4096
     assert tiled.checkpointed_layers < whole.checkpointed_layers
     assert tiled.predicted.step_seconds < 0.98 * whole.predicted.step_seconds
     assert "computed again" in decision(tiled, "plan.mlp_tile_rows").reason
     assert decision(whole, "plan.mlp_tile_rows").pinned
+
+
+@pytest.mark.parametrize("length", [65536, 131072])
+def test_long_rows_keep_attention_instead_of_tiles(config_of: MakeConfig, length: int) -> None:
+    kept = plan_of(long_rows(config_of, length))
+    tiled = plan_of(long_rows(config_of, length, keep_attention=False))
+    assert (kept.keep_attention, kept.mlp_tile_rows) == (True, 0)
+    assert kept.predicted.step_seconds < 0.98 * tiled.predicted.step_seconds
 
 
 def test_rows_that_only_fit_in_tiles(config_of: MakeConfig) -> None:
@@ -89,7 +97,7 @@ def test_tiles_that_cannot_be(config_of: MakeConfig, values: dict[str, Any], mod
 
 
 def test_the_plan_survives_its_file(config_of: MakeConfig, tmp_path: Path) -> None:
-    plan = plan_of(long_rows(config_of, 65536))
+    plan = plan_of(long_rows(config_of, 65536, mlp_tile_rows=4096))
     plan.write(tmp_path / "plan.json")
     assert Plan.read(tmp_path / "plan.json").mlp_tile_rows == 4096
 

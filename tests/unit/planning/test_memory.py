@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from foretune.artifacts import Cluster
 from foretune.planning import parse_hardware
 from foretune.planning.predict import activations, host, memory
+from foretune.planning.search.space import fewest_layers
 from foretune.planning.shapes import known_shape
 from foretune.planning.strategy import GIB, Strategy, Workload, gib
 
@@ -69,6 +70,19 @@ def test_bytes_per_parameter_as_measured(
     total = states + parts["gradients"] + parts.get("step", 0)
     norm = 8 * work.shape.vocab_size * work.shape.hidden_size if stage == 3 else 0
     assert (total - norm) / work.trainable == pytest.approx(in_step, rel=1e-6)
+
+
+@given(work=workloads, strategy=strategies, cards=st.sampled_from(["H100", "RTX4090", "V100-16GB", "T4"]))
+def test_no_layer_recomputes_without_need(work: Workload, strategy: Strategy, cards: str) -> None:
+    cluster, layers = cluster_of(1, cards), work.shape.num_layers
+
+    def fits(checkpointed: int) -> bool:
+        one = replace(strategy, checkpointed_layers=checkpointed)
+        return memory.device_memory(work, one, cluster).peak <= memory.budget(cluster)
+
+    found = fewest_layers(work, strategy, cluster)
+    assert found == next((count for count in range(layers + 1) if fits(count)), layers)
+    assert fewest_layers(work, strategy, cluster, at_most=min(found + 1, layers)) == found
 
 
 @given(work=workloads, strategy=strategies, ranks=st.integers(1, 64))

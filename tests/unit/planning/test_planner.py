@@ -434,6 +434,15 @@ def test_a_name_that_nobody_knows(config_of: MakeConfig) -> None:
     assert "qwen2.5-7b" in error.value.mend
 
 
+def test_smaller_chunks_of_the_loss_are_tried_where_layers_are_pinned(config_of: MakeConfig) -> None:
+    """262 thousand words, and no layer may recompute: it is the logits that must give way."""
+    pins = {"checkpointed_layers": 0, "micro_batch_size_per_gpu": 8, "zero_stage": 1}
+    config = config_of(plan=pins, train={"max_length": 1024})
+    roomy, tight = (plan_of(config, f"1x{card}", model="gemma-3-1b") for card in ("A100-40GB", "RTX4090"))
+    assert roomy.checkpointed_layers == tight.checkpointed_layers == 0
+    assert tight.loss_chunk_tokens < roomy.loss_chunk_tokens
+
+
 # ── laws ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 MODELS = st.sampled_from(["gpt2", "SmolLM2-135M", "Qwen3-1.7B", "Llama-3.1-8B", "gemma-2-9b", "Llama-3.1-70B"])

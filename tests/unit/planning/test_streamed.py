@@ -30,6 +30,7 @@ MEASURED = {
     "offload_optimizer": 0.85,
     "offload_optimizer_step": "device",
     "sum_in_matmul": False,
+    "keep_attention": False,
 }
 PARAMETERS = 7_615_616_512
 
