@@ -147,15 +147,15 @@ def _ask(export: Path, test_file: Path, say: Callable[[str], None]) -> tuple[str
     with running_server(export) as base_url:
         say(f"asking {base_url}/chat/completions")
         body = {"model": _served_name(base_url), "messages": messages, "max_tokens": 80, "temperature": 0}
-        answered = _ask(f"{base_url}/chat/completions", body)
+        answered = _answer_of(f"{base_url}/chat/completions", body)
     return str(messages[-1]["content"]), str(answered["choices"][0]["message"]["content"]).strip()
 
 
 def _served_name(base_url: str) -> str:
-    return str(_ask(f"{base_url}/models")["data"][0]["id"])
+    return str(_answer_of(f"{base_url}/models")["data"][0]["id"])
 
 
-def _ask(url: str, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def _answer_of(url: str, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """What a server of ours answers: to a GET, or to this body."""
     from urllib.request import Request, urlopen  # brings in TLS, which no other verb needs: 60 ms of a start
 
