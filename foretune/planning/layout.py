@@ -113,7 +113,7 @@ def _compiled_or_not(
 
 
 def _search(config: Config, work: Workload, cluster: Cluster) -> tuple[list[Candidate], Candidate | None]:
-    candidates = [search.evaluate(work, strategy, cluster) for strategy in search.search_space(config, work, cluster)]
+    candidates = list(search.search_space(config, work, cluster))
     return candidates, search.fastest(candidates)
 
 

@@ -15,7 +15,7 @@ from foretune.planning.explain import shortfall
 from foretune.planning.kernels import NO_SUMS_APART
 from foretune.planning.machines import catalogue
 from foretune.planning.predict import host, memory
-from foretune.planning.search import LOSS_CHUNKS, Candidate, best_of_families, evaluate, search_space
+from foretune.planning.search import LOSS_CHUNKS, Candidate, best_of_families, search_space
 from foretune.planning.search.pins import NOT_COMPILED, NOT_PACKED
 from foretune.planning.strategy import GIB, Workload, gib
 
@@ -38,7 +38,7 @@ def nothing_fits(
     for freed in [*([name] for name in pins), list(pins)]:
         plan = config.plan.model_copy(update=dict.fromkeys(freed, "auto"))
         free = config.model_copy(update={"plan": plan})
-        if freed and any(evaluate(work, one, cluster).fits for one in search_space(free, work, cluster)):
+        if freed and any(one.fits for one in search_space(free, work, cluster)):
             what = " and ".join(f"plan.{name}" for name in freed)
             field = f"plan.{freed[0]}"
             return UserError(
@@ -89,7 +89,7 @@ def something_fits(config: Config, work: Workload, cluster: Cluster) -> bool:
     for depth in depths:
         pins = plan.model_copy(update={**least, **chunk, "checkpointed_layers": depth})
         narrowed = config.model_copy(update={"plan": pins})
-        if any(evaluate(work, one, cluster).fits for one in search_space(narrowed, work, cluster)):
+        if any(one.fits for one in search_space(narrowed, work, cluster)):
             return True
     return False
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import ceil
-from typing import Literal
+from typing import Any, Literal
 
 from foretune.artifacts import strategy_name
 from foretune.model.shape import ModelShape
@@ -78,10 +78,17 @@ class Strategy:
     recompute_pointwise: bool = False  # compiled layers make norms' outputs and gated products again in backward
     keep_attention: bool = False  # compiled layers that recompute keep attention's output
 
+    def but(self, **changes: Any) -> Strategy:
+        """`dataclasses.replace` in a third of its time: a search makes tens of thousands of strategies."""
+        assert changes.keys() <= self.__dict__.keys(), changes
+        other = object.__new__(Strategy)
+        other.__dict__.update(self.__dict__, **changes)
+        return other
+
     def sized_for(self, work: Workload) -> Strategy:
         """With buckets and sub-groups as they are derived from the model."""
         sizes = buckets_for(work.shape, work.trainable)
-        return replace(self, reduce_bucket_size=sizes.reduce, sub_group_size=sizes.sub_group)
+        return self.but(reduce_bucket_size=sizes.reduce, sub_group_size=sizes.sub_group)
 
     def state_bytes(self, work: Workload) -> float:
         """Bytes per trained parameter of master weight and optimizer states."""

@@ -11,14 +11,13 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Iterator
-from dataclasses import replace
-from math import ceil, floor
+from math import ceil, floor, inf
 
 from foretune.artifacts import Cluster
 from foretune.config import Config
 from foretune.errors import UserError
 from foretune.planning.predict import host, memory
-from foretune.planning.search.candidates import work_for
+from foretune.planning.search.candidates import EQUALLY_FAST, Candidate, evaluate, work_for
 from foretune.planning.search.pins import (
     eight_bits_obstacle,
     keeping_obstacle,
@@ -43,39 +42,55 @@ LONG_ROWS = 32768
 LOSS_CHUNKS = (4096, 2048, 1024, 512)
 
 
-def search_space(config: Config, work: Workload, cluster: Cluster) -> Iterator[Strategy]:
-    """Every combination worth looking at, with pins kept."""
-    pinned_layers, pinned_chunk = config.plan.checkpointed_layers, config.plan.loss_chunk_tokens
+def search_space(config: Config, work: Workload, cluster: Cluster) -> Iterator[Candidate]:
+    """Every combination worth looking at, with its figures and with pins kept."""
     batches = list(_batches(config, work, cluster))
     for layout in _layouts_with_kernels(config, work, cluster):
         enough = work.shape.num_layers  # to recompute; what a larger micro-batch needed is enough for a smaller one
+        least = inf
         for micro_batch, steps in _that_may_fit(config, work, layout, batches, cluster):
-            batch = replace(layout, micro_batch_size=micro_batch, accumulation_steps=steps)
-            tokens = micro_batch * work.max_length
-            chunks = sorted({min(chunk, tokens) for chunk in LOSS_CHUNKS}, reverse=True)
-            chunks = chunks if pinned_chunk == "auto" else [pinned_chunk]
-            if pinned_layers == "auto":
-                pairs = _chunks_and_layers(work, batch, cluster, chunks=chunks, at_most=enough)
-                enough = pairs[0][1]
-            else:
-                pairs = [(chunk, pinned_layers) for chunk in chunks]
-            for chunk, layers in pairs:
-                one = replace(batch, loss_chunk_tokens=chunk, checkpointed_layers=layers)
-                yield from _with_shares(config, work, one, cluster)
-            if pairs[0][1]:
-                yield from _with_less_inside(config, work, replace(batch, loss_chunk_tokens=chunks[0]), cluster)
+            batch = layout.but(micro_batch_size=micro_batch, accumulation_steps=steps)
+            pairs = _chunks_and_layers(config, work, batch, cluster, at_most=enough)
+            enough = pairs[0][1]
+            found = [evaluate(work, one, cluster) for one in _of_one_batch(config, work, batch, cluster, pairs=pairs)]
+            yield from found
+            if enough or layout.streamed:
+                continue  # a smaller micro-batch lets fewer layers recompute, or less of the optimizer leave the device
+            # Rows that only fill up the last micro-batch are not the fault of its size.
+            of_rows = batches[-1][1] / (micro_batch * steps)
+            seconds = of_rows * min((one.seconds for one in found if one.fits), default=inf)
+            if seconds > EQUALLY_FAST * least:
+                break  # smaller ones take longer still
+            least = min(least, seconds)
+
+
+def _of_one_batch(
+    config: Config, work: Workload, batch: Strategy, cluster: Cluster, *, pairs: list[tuple[int, int]]
+) -> Iterator[Strategy]:
+    """Ways to compute one micro-batch: `pairs` of a chunk and of layers that recompute, and what these may keep."""
+    for chunk, layers in pairs:
+        one = batch.but(loss_chunk_tokens=chunk, checkpointed_layers=layers)
+        yield from _with_shares(config, work, one, cluster)
+    if pairs[0][1]:
+        yield from _with_less_inside(config, work, batch.but(loss_chunk_tokens=pairs[0][0]), cluster)
 
 
 def _chunks_and_layers(
-    work: Workload, strategy: Strategy, cluster: Cluster, *, chunks: list[int], at_most: int
+    config: Config, work: Workload, strategy: Strategy, cluster: Cluster, *, at_most: int
 ) -> list[tuple[int, int]]:
-    """The chunks worth looking at, of those given, the largest first, and the fewest layers that recompute with each.
+    """Chunks of the loss worth looking at, the largest first, and the fewest layers that recompute with each.
 
     Small chunks are slower: they are for letting fewer layers recompute, and the smallest for what fits at all.
     """
+    pinned_layers, pinned_chunk = config.plan.checkpointed_layers, config.plan.loss_chunk_tokens
+    tokens = strategy.micro_batch_size * work.max_length
+    chunks = sorted({min(chunk, tokens) for chunk in LOSS_CHUNKS}, reverse=True)
+    chunks = chunks if pinned_chunk == "auto" else [pinned_chunk]
+    if pinned_layers != "auto":
+        return [(chunk, pinned_layers) for chunk in chunks]
 
     def fewest(chunk: int, at_most: int) -> int:
-        one = replace(strategy, loss_chunk_tokens=chunk)
+        one = strategy.but(loss_chunk_tokens=chunk)
         return fewest_layers(work_for(work, one), one, cluster, at_most=at_most)
 
     pairs = [(chunks[0], fewest(chunks[0], at_most))]
@@ -94,7 +109,7 @@ def _that_may_fit(
 ) -> list[tuple[int, int]]:
     """Of batches, the largest micro-batch first, those that may fit; if none does, the last is enough to say why."""
     first = bisect_left(
-        batches, True, key=lambda batch: _may_fit(config, work, replace(layout, micro_batch_size=batch[0]), cluster)
+        batches, True, key=lambda batch: _may_fit(config, work, layout.but(micro_batch_size=batch[0]), cluster)
     )
     return batches[min(first, len(batches) - 1) :]
 
@@ -106,7 +121,7 @@ def _may_fit(config: Config, work: Workload, strategy: Strategy, cluster: Cluste
     depths = (0, layers) if plan.checkpointed_layers == "auto" else (plan.checkpointed_layers,)
     tiles = (0, TILE_ROWS) if _may_tile(config, work, strategy) else (strategy.mlp_tile_rows,)
     small = [
-        replace(strategy, loss_chunk_tokens=chunk, checkpointed_layers=depth, mlp_tile_rows=rows)
+        strategy.but(loss_chunk_tokens=chunk, checkpointed_layers=depth, mlp_tile_rows=rows)
         for depth in depths
         for rows in tiles
     ]
@@ -133,20 +148,20 @@ def _with_less_inside(config: Config, work: Workload, strategy: Strategy, cluste
 
 def _with_attention_kept(config: Config, work: Workload, strategy: Strategy, cluster: Cluster) -> Iterator[Strategy]:
     """A strategy whose recomputed layers keep attention's output, if they can: as many layers as that takes."""
-    keeping = replace(strategy, keep_attention=True)
+    keeping = strategy.but(keep_attention=True)
     if keeping_obstacle(work, keeping):
         return
     layers = config.plan.checkpointed_layers
     layers = fewest_layers(work_for(work, keeping), keeping, cluster) if layers == "auto" else layers
-    yield from _with_shares(config, work, replace(keeping, checkpointed_layers=layers), cluster)
+    yield from _with_shares(config, work, keeping.but(checkpointed_layers=layers), cluster)
 
 
 def _with_tiles(config: Config, work: Workload, strategy: Strategy, cluster: Cluster) -> Iterator[Strategy]:
     """A strategy with MLPs in tiles: inside them nothing is kept, so fewer layers recompute."""
-    tiled = replace(strategy, mlp_tile_rows=TILE_ROWS, recompute_pointwise=False, keep_attention=False)
+    tiled = strategy.but(mlp_tile_rows=TILE_ROWS, recompute_pointwise=False, keep_attention=False)
     layers = config.plan.checkpointed_layers
     layers = fewest_layers(work_for(work, tiled), tiled, cluster) if layers == "auto" else layers
-    yield from _with_shares(config, work, replace(tiled, checkpointed_layers=layers), cluster)
+    yield from _with_shares(config, work, tiled.but(checkpointed_layers=layers), cluster)
 
 
 def _with_shares(config: Config, work: Workload, strategy: Strategy, cluster: Cluster) -> Iterator[Strategy]:
@@ -158,9 +173,9 @@ def _with_shares(config: Config, work: Workload, strategy: Strategy, cluster: Cl
     if config.plan.checkpointed_layers == "auto":
         depths.add(work.shape.num_layers)
     for layers in depths:
-        one = replace(strategy, checkpointed_layers=layers)
+        one = strategy.but(checkpointed_layers=layers)
         if share := _least_share(work, one, cluster):
-            yield replace(one, offload_optimizer=share)
+            yield one.but(offload_optimizer=share)
 
 
 def _least_share(work: Workload, strategy: Strategy, cluster: Cluster) -> float:
@@ -178,13 +193,13 @@ def _layouts_with_kernels(config: Config, work: Workload, cluster: Cluster) -> I
     for one in _layouts(config, work, cluster):
         if config.plan.sum_in_matmul is True and not memory.sums_apart(work, one):
             continue
-        layout = replace(one, mlp_tile_rows=0 if pinned_rows == "auto" else pinned_rows)
+        layout = one.but(mlp_tile_rows=0 if pinned_rows == "auto" else pinned_rows)
         if config.plan.keep_attention is True:
-            layout = replace(layout, keep_attention=True)
+            layout = layout.but(keep_attention=True)
             if keeping_obstacle(work, layout):
                 continue
         for again in _recomputing(config, work, layout):
-            yield replace(layout, recompute_pointwise=again)
+            yield layout.but(recompute_pointwise=again)
 
 
 def _recomputing(config: Config, work: Workload, layout: Strategy) -> tuple[bool, ...]:
@@ -204,9 +219,9 @@ def _layouts(config: Config, work: Workload, cluster: Cluster) -> Iterator[Strat
     """Stage, what is offloaded and where to, the format of the optimizer's states; one row a micro-batch."""
     plan, pinned, base = config.plan, pinned_share(config), Strategy(0, 1, 1).sized_for(work)
     if plan.reduce_bucket_size != "auto":
-        base = replace(base, reduce_bucket_size=plan.reduce_bucket_size)
+        base = base.but(reduce_bucket_size=plan.reduce_bucket_size)
     if plan.sub_group_size != "auto":
-        base = replace(base, sub_group_size=plan.sub_group_size)
+        base = base.but(sub_group_size=plan.sub_group_size)
     stages: tuple[Stage, ...] = (0, 1, 2, 3) if plan.zero_stage == "auto" else (plan.zero_stage,)
     for stage in stages:
         if stage == 3 and (plan.mlp_tile_rows not in ("auto", 0) or plan.fp8 is True):
@@ -214,23 +229,23 @@ def _layouts(config: Config, work: Workload, cluster: Cluster) -> Iterator[Strat
         if stage == 0 and work.accumulation_dtype != work.precision:
             continue  # DeepSpeed has no ZeRO-0 with 16-bit weights and fp32 accumulation
         if plan.optimizer_dtype in ("auto", "bf16") and may_have_bf16_states(config, work, stage):
-            yield replace(base, zero_stage=stage, optimizer_dtype="bf16")
+            yield base.but(zero_stage=stage, optimizer_dtype="bf16")
         if plan.optimizer_dtype in ("auto", "8bit") and stage == 1 and not eight_bits_obstacle(config, work):
-            yield replace(base, zero_stage=stage, optimizer_dtype="8bit")
+            yield base.but(zero_stage=stage, optimizer_dtype="8bit")
         if plan.optimizer_dtype not in ("auto", "fp32"):
             continue
         for share in _streamed(config, work, cluster, stage):
-            yield replace(base, zero_stage=stage, offload_optimizer=share, streamed=True)
+            yield base.but(zero_stage=stage, offload_optimizer=share, streamed=True)
         for share in _shares(config, cluster, stage, pinned):
             if (share and stage == 0) or (0 < share < 1 and stage != 3):
                 continue
             if plan.offload_optimizer_step == "device" and share:
                 continue
             for offload_param in _param_offloads(config, cluster, stage, share):
-                one = replace(base, zero_stage=stage, offload_optimizer=share, offload_param=offload_param)
+                one = base.but(zero_stage=stage, offload_optimizer=share, offload_param=offload_param)
                 yield one
                 if plan.nvme_path is not None and stage == 3 and share == 1:
-                    yield replace(one, nvme=True)
+                    yield one.but(nvme=True)
 
 
 def _streamed(config: Config, work: Workload, cluster: Cluster, stage: Stage) -> tuple[float, ...]:
@@ -307,7 +322,7 @@ def fewest_layers(work: Workload, strategy: Strategy, cluster: Cluster, *, at_mo
         return 0
 
     def sizes(layers: int) -> list[int]:
-        by_phase = memory.phases(work, replace(strategy, checkpointed_layers=layers), cluster)
+        by_phase = memory.phases(work, strategy.but(checkpointed_layers=layers), cluster)
         return [sum(parts.values()) for parts in by_phase.values()]
 
     if max(sizes(0)) <= limit:
