@@ -65,6 +65,7 @@ class Case:
     streamed: bool = False
     sum_in_matmul: bool = True
     recompute_pointwise: bool = True
+    keep_attention: bool = True
 
     @property
     def name(self) -> str:
@@ -299,6 +300,7 @@ def _plan_of(case: Case, cluster: Any, folder: Path) -> tuple[Any, Any]:
         "attention": case.attention,
         "sum_in_matmul": "auto" if case.sum_in_matmul else False,
         "recompute_pointwise": "auto" if case.recompute_pointwise else False,
+        "keep_attention": "auto" if case.keep_attention else False,
         "compile": case.compile,
     }
     (folder / "config.json").write_text(json.dumps(known_config(case.model)))
@@ -374,7 +376,7 @@ def _again(path: Path) -> int:
         if "predicted" not in result:
             continue
         # What was measured before there was a choice.
-        before = {"sum_in_matmul": False, "recompute_pointwise": False}
+        before = {"sum_in_matmul": False, "recompute_pointwise": False, "keep_attention": False}
         case = Case(**before | {name: value for name, value in result.items() if name in names})
         with tempfile.TemporaryDirectory(prefix="plan-accuracy-") as name:
             _, plan = _plan_of(case, Cluster.model_validate(result["cluster"]), Path(name))

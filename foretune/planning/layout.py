@@ -19,6 +19,7 @@ from foretune.planning.kernels import (
     choose_compile,
     choose_fp8,
     choose_sum_in_matmul,
+    has_flash_attention_4,
     may_sum_in_matmul,
 )
 from foretune.planning.mathematics import DataFacts, decide, workload
@@ -73,7 +74,9 @@ def lay_out(config: Config, work: Workload, cluster: Cluster, *, total_steps: in
     """
     attention, eight_bits = choose_attention(config, work, cluster), choose_fp8(config, work, cluster)
     summing = may_sum_in_matmul(config, work, cluster, fp8=eight_bits.value)
-    work = replace(work, attention=attention.value, sums_inside=summing)
+    fast_attention = attention.value == "packed" and has_flash_attention_4(work, cluster)
+    work = replace(work, attention=attention.value, flash_attention_4=fast_attention)
+    work = replace(work, fp8=eight_bits.value, sums_inside=summing)
     compiling, work, candidates, best = _compiled_or_not(config, work, cluster, total_steps=total_steps)
     chosen = best.strategy
     return Layout(
@@ -143,4 +146,4 @@ def work_and_strategy(config: Config, plan: Plan, shape: ModelShape) -> tuple[Wo
         nvme=plan.swaps_to_nvme,
     )
     work = replace(work, attention=plan.attention, compiled=plan.compile_layers, sums_inside=plan.sum_in_matmul)
-    return work, strategy
+    return replace(work, fp8=plan.fp8), strategy

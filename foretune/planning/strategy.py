@@ -34,6 +34,8 @@ class Workload:
     packing: bool
     equal_documents: bool = False  # all of one length: attention is a batch, for faster kernels
     attention: Literal["packed", "sdpa"] = "sdpa"  # packed: the kernel knows where documents end, so there is no mask
+    flash_attention_4: bool = False  # packed attention is computed by it
+    fp8: bool = False  # the layers' linear maps multiply in 8-bit floats
     sums_inside: bool = False  # a GPU's products add to fp32 sums where these are apart from 16-bit gradients
     compiled: bool = False  # layers, and the softmax of the loss; not at stage 3
     pace: tuple[float, float] = (1.0, 1.0)  # measured / predicted step time on this machine, below stage 3 and at it

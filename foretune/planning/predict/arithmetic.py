@@ -152,17 +152,17 @@ def _activations(phase: str, work: Workload, strategy: Strategy) -> Iterator[Der
     tokens, kept = strategy.micro_batch_size * work.max_length, strategy.checkpointed_layers
     compiled, tile = activations.is_compiled(work, strategy), strategy.mlp_tile_rows
     saved = activations.layer_bytes_per_token(work, strategy)
+    inside = activations.working_bytes_per_token(work, strategy)
     again = activations.makes_again(work, strategy)
-    inside = activations.working_bytes_per_token(work, tiled=tile > 0, again=again)
     kinds = {"compiled": compiled, "MLPs in tiles": tile, "pointwise values made again": again}
     kind = ", ".join([shape.family, *(name for name, is_so in kinds.items() if is_so)])
-    h = shape.hidden_size
     what = f"A = {saved:,} bytes a token and layer that autograd saves ({kind})"
 
     def line(formula: str, numbers: str, value: int, source: str = "") -> Derivation:
         return Derivation(part="activations", formula=formula, numbers=numbers, value=value, source=source)
 
-    formula = "T·b·3h" if tile else "T·b·(4i - 2h)" if again and shape.intermediate_size > 4 * h else "T·b·(3i + 2h)"
+    inner, outer = activations.working_widths(work, strategy)
+    formula = f"T·b·({inner}i {'+' if outer > 0 else '-'} {abs(outer)}h)" if inner else f"T·b·{outer}h"
     within = [line(formula, f"{tokens:,} · {inside:,}", tokens * inside, "gradients inside one layer's backward")]
     if tile:
         size = activations.tile_bytes(work, strategy)

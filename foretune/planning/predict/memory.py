@@ -76,9 +76,7 @@ def phases(work: Workload, strategy: Strategy, cluster: Cluster) -> dict[str, di
 
     tokens = strategy.micro_batch_size * work.max_length
     kept = activations.activation_bytes(work, strategy)
-    again = activations.makes_again(work, strategy)
-    inside = tokens * activations.working_bytes_per_token(work, tiled=strategy.mlp_tile_rows > 0, again=again)
-    inside += activations.tile_bytes(work, strategy)
+    inside = tokens * activations.working_bytes_per_token(work, strategy) + activations.tile_bytes(work, strategy)
     layer = tokens * activations.layer_bytes_per_token(work, strategy) + inside
     # The layer whose backward runs: recomputed anew, or what it had saved is counted already.
     running = layer if strategy.checkpointed_layers else inside

@@ -30,11 +30,18 @@ from foretune.planning.strategy import Strategy, Workload
 #: (`bench/plan_accuracy.py`, its calibration half); the other half judges them.
 #: Of the data sheet's peak, what matmuls reach in training: 784 of 989 TFLOP/s alone, 715 in a row of 1.5B layers.
 MATMUL_SHARE = 0.76
-#: Of the peak, what causal attention over documents of one length reaches, both ways: 1.6 ms for 0.72 TFLOP on an H100.
-ATTENTION_SHARE = 0.42
-#: The same over documents of any length: 2.7 ms.
-PACKED_ATTENTION_SHARE = 0.27
-#: The same with a mask: another kernel, and no product is left out, not even above the diagonal.
+#: The same where layers are compiled: with little between products the card slows down (profile of a 1.5B step: 0.705).
+COMPILED_MATMUL_SHARE = 0.73
+#: Causal attention, both ways, by kernel and kind of documents: what it reaches of the peak over long ones, and the
+#: length in tokens at which it reaches half of that. From layers alone on an H100, documents of 200, 700 and 4096
+#: tokens on average (docs/speed.md), and for FlashAttention-4 from steps of rows of 32k and 64k: 0.63.
+ATTENTION_SHARES = {
+    ("torch", "any"): (0.36, 1500.0),
+    ("torch", "equal"): (0.58, 950.0),  # cuDNN's kernel
+    ("FlashAttention-4", "any"): (0.64, 1900.0),
+    ("FlashAttention-4", "equal"): (0.64, 950.0),
+}
+#: With a mask: another kernel, and no product is left out, not even above the diagonal.
 MASKED_ATTENTION_SHARE = 0.25
 #: fp32 matmuls against the 16-bit peak: torch does them without tensor cores unless TF32 is allowed.
 FP32_GPU_SHARE = 1 / 8
@@ -56,6 +63,9 @@ EIGHT_BIT_OPTIMIZER_BYTES = {"compiled": 50.0, "eager": 180.0}
 ADAPTER_INPUT_BYTES, ADAPTER_OUTPUT_BYTES = 6.0, 12.0
 #: The same of a compiled layer (7B, H100: a ninth of a step's kernels are products of rank 16 and what is added to).
 COMPILED_ADAPTER_BYTES = 4.9
+#: Bytes that a linear map in 8-bit floats moves for each element of its input and output, beside products at twice the
+#: rate: casts, and the search for the largest (fitted to one run: 3B, layers recomputed, 1.30 s where bf16 has 1.60).
+FLOAT8_CAST_BYTES = 4.4
 #: Host's seconds for a call that torch dispatches, Python above it included (fitted; CPU: no launch).
 CALL_SECONDS = {"cuda": 1.8e-5, "cpu": 7e-6}
 #: Of a compiled layer, both ways (fitted).
@@ -123,16 +133,25 @@ def flops_per_row(work: Workload, strategy: Strategy = _NOTHING_AGAIN) -> float:
 
     Inside a compiled backward that is all but the MLP's last product, unless a norm reads what it gives.
     """
+    head = work.shape.vocab_size * work.shape.hidden_size
+    adapters = 6.0 * work.trainable if work.frozen else 0.0
+    return _layer_flops_per_row(work, strategy) + work.row_length * (_passes(work) * head + adapters)
+
+
+def _passes(work: Workload) -> float:
+    """FLOP of a multiplied parameter and token: forward, its input's gradient, and its own unless it is frozen."""
+    return 4.0 if work.frozen else 6.0
+
+
+def _layer_flops_per_row(work: Workload, strategy: Strategy) -> float:
+    """What of `flops_per_row` is in the layers' own linear maps."""
     shape = work.shape
-    head = shape.vocab_size * shape.hidden_size
-    layers = shape.matmul_parameters - head
+    layers = shape.matmul_parameters - shape.vocab_size * shape.hidden_size
     again = layers / shape.num_layers
     if recomputes_inside(work, strategy) and not shape.saved.mlp_read:
         i, h = shape.intermediate_size, shape.hidden_size
         again -= sum(one.copies * i * h for one in shape.linears if (one.inputs, one.outputs) == (i, h))
-    adapters = 6.0 * work.trainable if work.frozen else 0.0
-    weights = (4.0 if work.frozen else 6.0) * (layers + head)
-    return work.row_length * (weights + adapters + 2.0 * strategy.checkpointed_layers * again)
+    return work.row_length * (_passes(work) * layers + 2.0 * strategy.checkpointed_layers * again)
 
 
 def attention_flops_per_row(work: Workload, strategy: Strategy = _NOTHING_AGAIN) -> float:
@@ -158,9 +177,12 @@ def _tiled_flops_per_row(work: Workload, strategy: Strategy) -> float:
 def step_time(work: Workload, strategy: Strategy, cluster: Cluster) -> StepTime:
     """Predict one optimizer step on one rank (all ranks do the same)."""
     rows = strategy.micro_batch_size * strategy.accumulation_steps
-    rate = _matmul_rate(work, cluster)
+    peak = _peak_rate(work, cluster)
+    rate = peak * (COMPILED_MATMUL_SHARE if is_compiled(work, strategy) else MATMUL_SHARE)
     compute = rows * flops_per_row(work, strategy) / rate
-    attention_rate = rate * _attention_share(work) / MATMUL_SHARE
+    if work.fp8:
+        compute -= rows * _layer_flops_per_row(work, strategy) / 2 / rate
+    attention_rate = peak * _attention_share(work)
     compute += rows * _tiled_flops_per_row(work, strategy) / rate
     compute += rows * attention_flops_per_row(work, strategy) / attention_rate
     memory_bound = _traffic(work, strategy, cluster) / _bandwidth(cluster)
@@ -175,7 +197,9 @@ def step_time(work: Workload, strategy: Strategy, cluster: Cluster) -> StepTime:
 def _attention_share(work: Workload) -> float:
     if work.packing and work.attention != "packed":
         return MASKED_ATTENTION_SHARE
-    return ATTENTION_SHARE if work.equal_documents or not work.packing else PACKED_ATTENTION_SHARE
+    kernel = "FlashAttention-4" if work.flash_attention_4 and work.attention == "packed" else "torch"
+    share, half = ATTENTION_SHARES[kernel, "equal" if work.equal_documents or not work.packing else "any"]
+    return share * work.document_length / (work.document_length + half)
 
 
 def _traffic(work: Workload, strategy: Strategy, cluster: Cluster) -> float:
@@ -183,11 +207,12 @@ def _traffic(work: Workload, strategy: Strategy, cluster: Cluster) -> float:
     shape, b, compiled = work.shape, work.parameter_bytes, is_compiled(work, strategy)
     tokens = strategy.micro_batch_size * strategy.accumulation_steps * work.row_length
     share = strategy.checkpointed_layers / shape.num_layers
+    both_ends = sum(one.copies * (one.inputs + one.outputs) for one in shape.linears)
     if compiled:
         kept = layer_bytes_per_token(work, replace(strategy, recompute_pointwise=False))
         per_layer = COMPILED_PASSES * (1.0 + share / 2) * kept
         if work.lora_rank:
-            per_layer += COMPILED_ADAPTER_BYTES * sum(one.copies * (one.inputs + one.outputs) for one in shape.linears)
+            per_layer += COMPILED_ADAPTER_BYTES * both_ends
         elif makes_again(work, strategy):
             per_layer += b * (shape.intermediate_size + shape.saved.made_again * shape.hidden_size)
     else:
@@ -196,6 +221,8 @@ def _traffic(work: Workload, strategy: Strategy, cluster: Cluster) -> float:
         if work.lora_rank and not _fuses_adapters(work, strategy):
             ends = ADAPTER_INPUT_BYTES, ADAPTER_OUTPUT_BYTES
             per_layer += sum(one.copies * (ends[0] * one.inputs + ends[1] * one.outputs) for one in shape.linears)
+    if work.fp8:
+        per_layer += (1.0 + share / 3) * FLOAT8_CAST_BYTES * both_ends
     traffic = tokens * shape.num_layers * (per_layer + _tile_traffic(work, strategy))
     # Gradients of a micro-batch are read, and their sum is read and written, by whoever owns it.
     owned = work.trainable / (cluster.world_size if strategy.zero_stage >= 2 else 1)
@@ -267,10 +294,10 @@ def _norm_tensors(shape: ModelShape) -> int:
     return round(shape.layer_norm_parameters / shape.hidden_size) + (2 if shape.saved.qk_norm else 0)
 
 
-def _matmul_rate(work: Workload, cluster: Cluster) -> float:
-    """FLOP per second that large matmuls reach in the workload's precision."""
+def _peak_rate(work: Workload, cluster: Cluster) -> float:
+    """FLOP per second of the data sheet in the workload's precision."""
     accelerator = cluster.accelerator
-    rate = MATMUL_SHARE * accelerator.peak_flops
+    rate = accelerator.peak_flops
     if accelerator.kind == "cuda":
         return rate * (FP32_GPU_SHARE if work.precision == "fp32" else 1.0)
     return rate / EMULATED_BF16_SLOWDOWN if work.precision != "fp32" and not accelerator.bf16 else rate

@@ -1,10 +1,13 @@
 """Attention and compiling: chosen with a reason, refused where they cannot be."""
 
+from importlib import metadata
+
 import pytest
 
 from foretune.artifacts import Plan
 from foretune.config import load_config
 from foretune.errors import UserError
+from foretune.planning import kernels
 from foretune.planning.machines.hardware import parse_hardware
 from foretune.planning.planner import make_plan
 
@@ -32,6 +35,43 @@ def test_gradients_are_summed_inside_the_product_where_fp32_sums_lie_apart() -> 
         assert not made.sum_in_matmul, settings
         assert reason_of(made, "plan.sum_in_matmul")
     assert not plan("1xH100-80GB", "plan.sum_in_matmul=false").sum_in_matmul
+
+
+@pytest.mark.parametrize(
+    ("version", "probed", "card", "model", "known"),
+    [
+        ("4.0.0b36", True, "1xH100-80GB", "Qwen/Qwen2.5-1.5B", True),
+        ("4.0.0b36", False, "1xH100-80GB", "Qwen/Qwen2.5-1.5B", False),  # a machine that is described, not this one
+        ("5.0", True, "1xH100-80GB", "Qwen/Qwen2.5-1.5B", False),
+        (None, True, "1xH100-80GB", "Qwen/Qwen2.5-1.5B", False),
+        ("4.0.0b36", True, "1xA100-80GB", "Qwen/Qwen2.5-1.5B", False),
+        ("4.0.0b36", True, "1xH100-80GB", "microsoft/phi-2", False),  # heads of 80
+    ],
+)
+def test_flash_attention_4_is_counted_where_it_will_be_used(
+    version: str | None, *, probed: bool, card: str, model: str, known: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def installed(name: str) -> str:
+        if name != "flash-attn-4" or version is None:
+            raise metadata.PackageNotFoundError(name)
+        return version
+
+    monkeypatch.setattr(kernels.metadata, "version", installed)
+    config = load_config(flags={"model": model, "data": "rows.jsonl"}, settings=["train.max_length=2048"])
+    cluster = parse_hardware(card)
+    with_it, without = (
+        make_plan(config, model_folder=model, cluster=cluster.model_copy(update={"probed": one}), prepared=None)
+        for one in (probed, False)
+    )
+    assert ("FlashAttention-4" in reason_of(with_it, "plan.attention")) == known
+    assert (with_it.predicted.step_seconds < without.predicted.step_seconds) == known
+
+
+def test_the_planner_knows_which_version_and_heads_are_used() -> None:
+    from foretune.model import flash_attention_4
+
+    assert kernels.FLASH_ATTENTION_4 == flash_attention_4.VERSION
+    assert kernels.FLASH_ATTENTION_4_HEADS == flash_attention_4._HEADS
 
 
 def test_what_does_not_pay_is_not_done() -> None:
