@@ -6,12 +6,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test check lint unit distributed road test-slow prove soak clean
+.PHONY: demo test check lint unit distributed road ranks test-slow prove soak clean
 
 demo: $(READY)
 	$(BIN)/foretune demo
 
-test: lint unit distributed road
+test: lint unit ranks
 
 check: lint unit
 
@@ -29,6 +29,11 @@ distributed: $(READY)
 
 road: $(READY)
 	$(BIN)/pytest tests/road -m "not slow and not gpu"
+
+# Both at once, two files at a time: they wait for processes more than they compute. The longest file comes first.
+ranks: $(READY)
+	$(BIN)/pytest tests/road/test_proof.py tests/distributed tests/road -m "not slow and not gpu" \
+	  --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 test-slow: $(READY)
 	$(BIN)/pytest tests -m slow

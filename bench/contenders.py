@@ -94,7 +94,19 @@ def planned(spec: dict[str, Any]) -> tuple[Any, Any]:
         settings += ["plan.gradient_accumulation_dtype=bf16"] if CUDA else []
     config = load_config(flags={"model": spec["model"], "data": "rows.jsonl"}, settings=settings)
     tokens = spec["steps"] * spec["rows"] * spec["length"]
-    return config, make_plan(config, model_folder=Path(spec["model"]), cluster=probe(1), prepared=None, tokens=tokens)
+    cluster = within(probe(1), spec["memory_gib"])
+    return config, make_plan(config, model_folder=Path(spec["model"]), cluster=cluster, prepared=None, tokens=tokens)
+
+
+def within(cluster: Any, gib: float | None) -> Any:
+    """The machine, with a device so small that a plan's tensors take at most so much of it."""
+    from foretune.planning.predict.memory import CUDA_CONTEXT_BYTES, USABLE_SHARE
+
+    if gib is None:
+        return cluster
+    memory = int((gib * 2**30 + CUDA_CONTEXT_BYTES) / USABLE_SHARE)
+    smaller = min(memory, cluster.accelerator.memory_bytes)
+    return cluster.model_copy(update={"accelerator": cluster.accelerator.model_copy(update={"memory_bytes": smaller})})
 
 
 class Rows:

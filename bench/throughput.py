@@ -1,7 +1,9 @@
-"""Training throughput: ours and what people would use instead, in one run on one machine.
+r"""Training throughput: ours and what people would use instead, in one run on one machine.
 
     python bench/throughput.py [--shapes 0.5B,1.5B,3B,7B] [--method full|lora] [--contenders …] [--minutes 25]
     python bench/throughput.py --shapes 0.5B --accumulation 1 --steps 50    # do the losses agree?
+    python bench/throughput.py --method lora --shapes 7B --accumulation 1 --checkpointed --contenders foretune,trl \
+        --memory 22.7                                                       # and how fast within the peer's memory?
 
 Every contender runs in a fresh process, on the same random weights, rows of tokens, global batch, sequence length and
 learning rate. Steps are timed between device synchronisations; the median counts, after a warm-up. A contender that
@@ -74,6 +76,7 @@ class Spec:
     learning_rate: float
     seed: int
     settings: tuple[str, ...] = ()  # of foretune alone: KEY=VALUE
+    memory_gib: float | None = None  # that foretune's plan may take; None: the device's
     profile: bool = False  # where the device's time goes in the last step, foretune alone
 
 
@@ -169,6 +172,7 @@ def main() -> None:
     parser.add_argument("--learning-rate", type=float, default=1e-5)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="setting of foretune's")
+    parser.add_argument("--memory", type=float, metavar="GIB", help="that foretune's plan may take, as a peer's peak")
     parser.add_argument("--profile", action="store_true", help="say where foretune's last step goes, by kernel")
     parser.add_argument("--work", type=Path, help="where models are made (default: a temporary folder)")
     parser.add_argument("--out", type=Path, help="folder of the JSON (default: bench/results)")
@@ -183,7 +187,7 @@ def main() -> None:
                 spec = Spec(
                     contender, shape, asked.method, str(folder / shape), asked.micro_batch * asked.accumulation,
                     asked.micro_batch, asked.length, asked.checkpointed, asked.steps, asked.warm_up,
-                    asked.learning_rate, asked.seed, tuple(asked.set), asked.profile,
+                    asked.learning_rate, asked.seed, tuple(asked.set), asked.memory, asked.profile,
                 )  # fmt: skip
                 left = asked.minutes * 60 - (time.monotonic() - started)
                 if left < 30:
@@ -209,6 +213,7 @@ def main() -> None:
 def save(asked: argparse.Namespace, results: list[dict[str, Any]]) -> None:
     """Write what is known so far: a run that is cut short leaves its figures."""
     name = f"throughput-{asked.method}-{asked.shapes.replace(',', '-')}-accumulation-{asked.accumulation}"
+    name += f"-within-{asked.memory:g}" if asked.memory else ""
     name += "-checkpointed" * asked.checkpointed + "-profile" * asked.profile
     values = {
         "machine": machine(),

@@ -63,29 +63,34 @@ def dry_run(plan: Plan, config: Config) -> DryRun:
     Raises:
         UserError: the plan's model cannot be built.
     """
-    work, strategy = work_and_strategy(config, plan, shape_for(plan.model))
-    predicted = standing_bytes(work, strategy, plan.cluster)
     start = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="foretune-dry-run-") as name:
         folder = Path(name)
-        _write(RunFolder(folder), plan, config)
+        lay_out(folder, plan, config)
         command = [sys.executable, "-m", "foretune.dryrun.worker", str(folder)]
         done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_SECONDS, cwd=folder)
-        result = folder / _RESULT
-        if not result.is_file():
+        if not (folder / _RESULT).is_file():
             last = next((line for line in reversed(done.stderr.splitlines()) if line.strip()), "no message")
             raise UserError("--dry-run", plan.model, f"the engine could not be built: {last}", "plan without --dry-run")
-        measured = json.loads(result.read_text())
-    return DryRun(predicted, measured["resident_bytes"], measured["peaks"], time.monotonic() - start)
+        return read(folder, plan, config, seconds=time.monotonic() - start)
 
 
-def _write(run: RunFolder, plan: Plan, config: Config) -> None:
+def read(folder: Path, plan: Plan, config: Config, *, seconds: float) -> DryRun:
+    """What the child process left in `folder`, beside what the closed forms say."""
+    work, strategy = work_and_strategy(config, plan, shape_for(plan.model))
+    measured = json.loads((folder / _RESULT).read_text())
+    predicted = standing_bytes(work, strategy, plan.cluster)
+    return DryRun(predicted, measured["resident_bytes"], measured["peaks"], seconds)
+
+
+def lay_out(folder: Path, plan: Plan, config: Config) -> None:
     """The plan as the child builds it: random weights of the same shape, on a CPU, offloading whole or not at all."""
-    folder = Path(plan.model) if Path(plan.model).is_dir() else run.model
-    if folder == run.model:
+    run = RunFolder(folder)
+    model = Path(plan.model) if Path(plan.model).is_dir() else run.model
+    if model == run.model:
         keys = known_config(plan.model)
         assert keys is not None, "a plan was made for it"
-        write_atomically(folder / "config.json", json.dumps(keys))
+        write_atomically(model / "config.json", json.dumps(keys))
     values = json.loads(json.dumps(plan.deepspeed_config))
     zero = values["zero_optimization"]
     for section in ("offload_optimizer", "offload_param"):
@@ -94,6 +99,6 @@ def _write(run: RunFolder, plan: Plan, config: Config) -> None:
     # A part would need a kernel that can't run on fake tensors; what is streamed is the same states, on the device.
     whole = float(plan.offload_optimizer > 0 and not plan.streams_optimizer)
     # Nor can 8-bit maps: the states are those of bf16.
-    changes = {"model": str(folder), "deepspeed_config": values, "offload_optimizer": whole, "fp8": False}
+    changes = {"model": str(model), "deepspeed_config": values, "offload_optimizer": whole, "fp8": False}
     plan.model_copy(update=changes).write(run.plan)
     write_atomically(run.config, to_yaml(config.model_copy(update={"from_scratch": True})))

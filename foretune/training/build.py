@@ -18,13 +18,19 @@ from foretune.errors import MachineFault
 from foretune.events import EventKind
 from foretune.model import loading
 from foretune.model.adapters import add_adapters, save_adapter_config
-from foretune.model.compilation import compile_layers
 from foretune.model.lora import fuse_adapters
 from foretune.model.loss import attach_loss
 from foretune.model.tiling import tile_mlps
 from foretune.training.assignment import Assignment
 from foretune.training.hooks import AccountingHook, JournalHook, PeakCheckHook
-from foretune.training.kernels import CompileHook, apply_attention, apply_fp8, apply_weight_sums, may_compile
+from foretune.training.kernels import (
+    CompileHook,
+    apply_attention,
+    apply_compilation,
+    apply_fp8,
+    apply_weight_sums,
+    may_compile,
+)
 from foretune.training.loop import Hook
 from foretune.training.pace import SavePace
 from foretune.training.probes import ISOLATION_TOLERANCE, held_out_loss, isolation_error, write_reference_logits
@@ -91,7 +97,7 @@ def build_engine(assignment: Assignment, device: torch.device) -> tuple[DeepSpee
     )
     apply_weight_sums(assignment, model, engine)
     if compiling:
-        compile_layers(model, recompute_pointwise=plan.recompute_pointwise, keep_attention=plan.keep_attention)
+        apply_compilation(assignment, model)
     # Dropout draws from here on: different on every rank, the same on every start.
     seed_everything(config.train.seed + assignment.rank.rank)
     return engine, model

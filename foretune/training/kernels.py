@@ -54,6 +54,17 @@ def may_compile(assignment: Assignment, device: torch.device) -> bool:
     return reason is None
 
 
+def apply_compilation(assignment: Assignment, model: Any) -> None:
+    """Compiled layers, which recompute as planned.
+
+    Where attention is not packed after all there is no output to keep, and layers recompute as a whole: inside their
+    backward torch 2.11 would keep products that it was to make again.
+    """
+    plan = assignment.plan
+    keep_attention = plan.keep_attention and attention.takes_bounds(model)
+    compilation.compile_layers(model, recompute_pointwise=plan.recompute_pointwise, keep_attention=keep_attention)
+
+
 class CompileHook:
     """Says when something is compiled after the first steps: the shapes were not what they were thought to be."""
 

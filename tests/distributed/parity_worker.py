@@ -1,6 +1,6 @@
 """One rank of the parity test: trains the same data through every layout in one process group.
 
-Started by torchrun from test_parity.py as ``parity_worker.py FOLDER``: reads FOLDER/model and FOLDER/data, rank 0
+Started by test_parity.py as ``parity_worker.py FOLDER``: reads FOLDER/model and FOLDER/data, rank 0
 writes FOLDER/world-N.json (losses, gradient norms) and FOLDER/world-N.npz (weights before and after).
 """
 

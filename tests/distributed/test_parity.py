@@ -120,16 +120,13 @@ def plain_training(folder: Path, *, weight_decay: float) -> dict:
 @pytest.fixture(scope="module")
 def trained(folder: Path) -> dict:
     """Every layout, by real engines: one launch per world size."""
+    here, sizes = Path(__file__).parent, ",".join(map(str, WORLD_SIZES))
+    command = [sys.executable, str(here.parent / "forked_ranks.py"), sizes, str(here / "parity_worker.py"), str(folder)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=550)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
     results = {}
     for world_size in WORLD_SIZES:
-        command = [
-            sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={world_size}", "--rdzv-backend=c10d",
-            "--rdzv-endpoint=127.0.0.1:0", "--local-addr=127.0.0.1", str(Path(__file__).parent / "parity_worker.py"),
-            str(folder),
-        ]  # fmt: skip
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "HF_HUB_OFFLINE": "1"}
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=500)
-        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
         values = json.loads((folder / f"world-{world_size}.json").read_text())
         weights = np.load(folder / f"world-{world_size}.npz")
         for name, value in values.items():

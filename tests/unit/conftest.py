@@ -29,6 +29,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 STORIES = Path(__file__).parents[1] / "models" / "stories260K"
+FORKED_RANKS = Path(__file__).parents[1] / "forked_ranks.py"
 WRITER = Path(__file__).parent / "checkpoint" / "write_engine_checkpoints.py"
 
 
@@ -37,7 +38,7 @@ class WriteCheckpoints(Protocol):
 
 
 def _write(out: Path, *, cases: str, world_size: int) -> Path:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world_size}"]
+    command = [sys.executable, str(FORKED_RANKS), str(world_size)]
     arguments = [str(WRITER), "--out", str(out), "--cases", cases]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
     done = subprocess.run(command + arguments, env=environment, capture_output=True, text=True, timeout=500)

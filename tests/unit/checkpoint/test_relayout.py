@@ -18,6 +18,7 @@ from foretune.checkpoint.store import verify
 from foretune.checkpoint.whole_states import MASTER, whole_states
 
 SCRIPT = Path(__file__).parent / "relay_checkpoints.py"
+FORKED_RANKS = Path(__file__).parents[2] / "forked_ranks.py"
 STEP = 2
 FP32 = [f"llama-fp32-{stage}" for stage in range(4)]
 BF16 = [*(f"llama-bf16-{stage}" for stage in range(4)), "llama-bf16-1-fp32-sums"]
@@ -62,7 +63,7 @@ ALL = [
 def test_what_two_ranks_saved(
     engine_checkpoints: Path, tmp_path: Path, ranks: int, pairs: list[tuple[str, str]]
 ) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", str(SCRIPT)]
+    command = [sys.executable, str(FORKED_RANKS), str(ranks), str(SCRIPT)]
     words = ",".join(f"{source}:{target}" for source, target in pairs)
     arguments = ["--made", str(engine_checkpoints), "--out", str(tmp_path), "--pairs", words]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}

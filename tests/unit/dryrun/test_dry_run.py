@@ -2,38 +2,60 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from foretune.config import parse_config
-from foretune.dryrun import DryRun, dry_run
+from foretune import dryrun
+from foretune.artifacts import Plan
+from foretune.config import Config, parse_config
+from foretune.dryrun import DryRun
 from foretune.planning import make_plan, parse_hardware
 
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "zero3-64": ("8x8xA100-80GB", {"plan": {"zero_stage": 3}}),
+    "streamed": ("1xH100", {"plan": {"offload_optimizer": 0.5, "offload_optimizer_step": "device"}}),
+    "fp8": ("1xH100", {"allow_numerics": True, "plan": {"fp8": True}}),
+    "8bit": ("2xH100", {"allow_numerics": True, "plan": {"optimizer_dtype": "8bit"}}),
+}
 
-def confirmed(hardware: str, **values: Any) -> DryRun:
+
+def planned(hardware: str, values: dict[str, Any]) -> tuple[Plan, Config]:
     config = parse_config({"model": "pythia-70m", "data": "d", "train": {"max_length": 64}, **values})
-    plan = make_plan(config, model_folder="pythia-70m", cluster=parse_hardware(hardware), prepared=None)
-    return dry_run(plan, config)
+    return make_plan(config, model_folder="pythia-70m", cluster=parse_hardware(hardware), prepared=None), config
 
 
-@pytest.mark.parametrize(
-    ("hardware", "values"),
-    [
-        ("8xH100", {"plan": {"zero_stage": 1}}),
-        ("8x8xA100-80GB", {"plan": {"zero_stage": 3}}),
-        ("1xH100", {"plan": {"offload_optimizer": 0.5, "offload_optimizer_step": "device"}}),
-        ("1xH100", {"allow_numerics": True, "plan": {"fp8": True}}),
-        ("2xH100", {"allow_numerics": True, "plan": {"optimizer_dtype": "8bit"}}),
-    ],
-    ids=["zero1-8", "zero3-64", "streamed", "fp8", "8bit"],
-)
-def test_states_agree(hardware: str, values: dict[str, Any]) -> None:
-    found = confirmed(hardware, **values)
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, DryRun]:
+    """Of all cases, by one process that imports once."""
+    folders = {name: tmp_path_factory.mktemp(name) for name in CASES}
+    plans = {name: planned(*case) for name, case in CASES.items()}
+    for name, folder in folders.items():
+        dryrun.lay_out(folder, *plans[name])
+    command = [sys.executable, str(Path(__file__).parent / "forked_dry_runs.py"), *map(str, folders.values())]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return {name: dryrun.read(folder, *plans[name], seconds=0.0) for name, folder in folders.items()}
+
+
+def check(found: DryRun) -> None:
     assert found.difference == pytest.approx(0.0, abs=0.005)
     assert found.agrees
     assert set(found.peaks) >= {"initialisation", "forward", "backward", "step"}
     assert found.peaks["forward"] > found.engine_bytes
+
+
+def test_states_agree_in_a_process_of_its_own() -> None:
+    plan, config = planned("8xH100", {"plan": {"zero_stage": 1}})
+    check(dryrun.dry_run(plan, config))
+
+
+@pytest.mark.parametrize("case", list(CASES))
+def test_states_agree(results: dict[str, DryRun], case: str) -> None:
+    check(results[case])
 
 
 @pytest.mark.slow
@@ -54,4 +76,4 @@ def test_states_agree(hardware: str, values: dict[str, Any]) -> None:
     ids=str,
 )
 def test_more_states_agree(hardware: str, values: dict[str, Any]) -> None:
-    assert confirmed(hardware, **values).agrees
+    assert dryrun.dry_run(*planned(hardware, values)).agrees

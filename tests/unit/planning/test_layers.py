@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from foretune.model.compilation import compile_layers
+from foretune.model.layers import decoder_layers
 from foretune.model.shape import shape_of
 from foretune.model.tiling import tile_mlps
 from foretune.planning.predict.activations import activation_bytes_per_token_layer
@@ -60,24 +61,26 @@ COMPILED_EXACTLY = ("gpt2", "gpt_neox", "llama", "qwen2", "qwen3", "phi")
 DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def saved_bytes(
+def saved_per_token(
     family: str,
     keys: dict[str, Any],
     *,
-    layers: int,
     precision: Precision,
     packed: bool,
     lora: bool,
     compiled: bool = False,
     again: bool = False,
     tile_rows: int = 0,
-) -> int:
-    """Bytes of the distinct storages that autograd saves in one forward pass, parameters not counted."""
+) -> float:
+    """Bytes a token of the distinct storages that autograd saves of the second of three layers; parameters not counted.
+
+    What it shares with the first (the residual stream between them) is the first's; it has as much with the third.
+    """
     from peft import LoraConfig, get_peft_model
     from transformers import AutoConfig, AutoModelForCausalLM
 
     depth = "n_layer" if family == "gpt2" else "num_hidden_layers"
-    config = AutoConfig.for_model(family, **keys, **{depth: layers})
+    config = AutoConfig.for_model(family, **keys, **{depth: 3})
     for name, value in list(vars(config).items()):
         if isinstance(value, float) and ("drop" in name):
             setattr(config, name, 0.0)
@@ -92,12 +95,13 @@ def saved_bytes(
         core = model.get_base_model().get_decoder()
     model.train()
     if tile_rows:
-        assert tile_mlps(model, tile_rows) == layers
+        assert tile_mlps(model, tile_rows) == 3
     if compiled:  # torch's partitioner decides what is kept; no compiler is needed for that
         compile_layers(model, recompute_pointwise=again, backend="aot_eager_decomp_partition")
     parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     sizes: dict[int, int] = {}
     alive: list[torch.Tensor] = []  # kept alive so that no address is used twice
+    totals: list[int] = []  # when each layer begins
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
@@ -110,15 +114,11 @@ def saved_bytes(
     positions = torch.arange(LENGTH)[None].repeat(ROWS, 1) % (LENGTH // 4 if packed else LENGTH)
     if compiled:
         core(input_ids=ids, position_ids=positions, use_cache=False)
+    for layer in decoder_layers(model):
+        layer.register_forward_pre_hook(lambda *_: totals.append(sum(sizes.values())))
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         core(input_ids=ids, position_ids=positions, use_cache=False)
-    return sum(sizes.values())
-
-
-def saved_per_token(family: str, keys: dict[str, Any], **options: Any) -> float:
-    """Of one layer: what three keep more than two."""
-    three, two = (saved_bytes(family, keys, layers=layers, **options) for layers in (3, 2))
-    return (three - two) / (ROWS * LENGTH)
+    return (totals[2] - totals[1]) / (ROWS * LENGTH)
 
 
 def work_of(
