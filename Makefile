@@ -30,9 +30,9 @@ distributed: $(READY)
 road: $(READY)
 	$(BIN)/pytest tests/road -m "not slow and not gpu"
 
-# Both at once, two files at a time: they wait for processes more than they compute. The longest file comes first.
+# Two files at a time: they wait for processes more than they compute.
 ranks: $(READY)
-	$(BIN)/pytest tests/road/test_proof.py tests/distributed tests/road -m "not slow and not gpu" \
+	$(BIN)/pytest tests/distributed tests/road -m "not slow and not gpu" \
 	  --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 test-slow: $(READY)

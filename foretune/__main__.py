@@ -54,7 +54,7 @@ def execute(words: Sequence[str]) -> None:
         ForetuneError: whatever the verb raises.
     """
     # Importing makes half a million objects that stay; to search them for garbage again and again takes a fifth of the
-    # time to a plan's answer. A thousand objects a search is Python's default, of which training makes no use either.
+    # time to a plan's answer. (Ranks are processes of their own and keep Python's default.)
     gc.set_threshold(50_000)
     import typer
 

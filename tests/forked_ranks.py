@@ -19,6 +19,7 @@ import traceback
 from importlib import import_module
 from pathlib import Path
 
+from foretune.distributed import die_with_parent
 from foretune.engine import import_late_modules
 
 IMPORTED = (
@@ -37,30 +38,30 @@ def main() -> int:
     import_late_modules()
     gc.collect()
     gc.freeze()  # the collector would otherwise write to, and so copy, every inherited page
-    return max(_launch(size) for size in world_sizes)
+    return int(not all(_launch(size) for size in world_sizes))
 
 
-def _launch(world_size: int) -> int:
-    """Fork the ranks of one launch, and wait for all of them, or for the first that fails."""
+def _launch(world_size: int) -> bool:
+    """Fork the ranks of one launch, and wait for all of them; False as soon as one fails."""
     with socket.socket() as one:
         one.bind(("127.0.0.1", 0))
         port = one.getsockname()[1]
     living = {_fork(rank, world_size, port) for rank in range(world_size)}
-    failed = 0
     while living:
         pid, status = os.wait()
         living.discard(pid)
         if status:
-            failed = 1
             for other in living:
                 os.kill(other, signal.SIGKILL)
-    return failed
+            return False
+    return True
 
 
 def _fork(rank: int, world_size: int, port: int) -> int:
     """The process id of a rank. The child runs the script and never returns."""
     if pid := os.fork():
         return pid
+    die_with_parent()
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_WORLD_SIZE=str(world_size),
         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo",
@@ -70,7 +71,9 @@ def _fork(rank: int, world_size: int, port: int) -> int:
         runpy.run_path(sys.argv[0], run_name="__main__")
         code = 0
     except SystemExit as end:
-        code = int(end.code or 0)
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+        if not isinstance(end.code, int | None):
+            print(end.code, file=sys.stderr)
     except BaseException:
         traceback.print_exc()
     finally:

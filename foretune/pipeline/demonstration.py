@@ -157,7 +157,7 @@ def _served_name(base_url: str) -> str:
 
 def _answer_of(url: str, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """What a server of ours answers: to a GET, or to this body."""
-    from urllib.request import Request, urlopen  # brings in TLS, which no other verb needs: 60 ms of a start
+    from urllib.request import Request, urlopen  # brings in TLS, which a plan does not need: 60 ms
 
     data = None if body is None else json.dumps(body).encode()
     with urlopen(Request(url, data, {"Content-Type": "application/json"}), timeout=_ANSWER_SECONDS) as reply:

@@ -193,6 +193,8 @@ def _explain_keeping(work: Workload, s: Strategy) -> str:
     size = gib(tokens * s.checkpointed_layers * activations.attention_output_bytes_per_token(work))
     if s.keep_attention:
         return f"{size} of outputs, and attention is not computed again"
+    if work.fp8:
+        return "not chosen with 8-bit floats, with which it was never measured"
     return f"to keep its outputs would take {size}, or save too little"
 
 

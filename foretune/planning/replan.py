@@ -41,7 +41,7 @@ def after_out_of_memory(plan: Plan) -> Plan | None:
         decision = Decision(field="plan.recompute_pointwise", value=True, reason=reason)
         return _changed(plan, decision, recompute_pointwise=True)
     layers = _layers(plan.model)
-    if plan.keep_attention:
+    if plan.keep_attention and plan.checkpointed_layers:
         reason = "the device ran out of memory with attention's outputs kept by layers that recompute"
         decision = Decision(field="plan.keep_attention", value=False, reason=reason)
         return _changed(plan, decision, keep_attention=False)

@@ -168,10 +168,10 @@ def test_flash_attention_4(heads: int, size: int, window: int, *, deterministic:
         assert float((ours.float() - other.float()).norm() / other.float().norm()) < 5e-3
 
 
-@pytest.mark.parametrize("again", [False, True])
+@pytest.mark.parametrize(("again", "keep"), [(False, False), (True, False), (True, True)])
 @pytest.mark.parametrize("checkpointed", [0, 1, 3])
 @pytest.mark.parametrize(("name", "lora"), [("qwen2", False), ("gpt2", False), ("llama", True)])
-def test_compiled_layers(name: str, checkpointed: int, *, lora: bool, again: bool) -> None:
+def test_compiled_layers(name: str, checkpointed: int, *, lora: bool, again: bool, keep: bool) -> None:
     assert refusal(CUDA) is None, "this machine should be able to compile"
     torch._dynamo.reset()
 
@@ -179,7 +179,7 @@ def test_compiled_layers(name: str, checkpointed: int, *, lora: bool, again: boo
         attention.use_packed_attention(model)
         checkpoint_layers(model, checkpointed)
         attach_loss(model, chunk_tokens=300, fused=True)
-        assert compile_layers(model, recompute_pointwise=again, keep_attention=again) == 3
+        assert compile_layers(model, recompute_pointwise=again, keep_attention=keep) == 3
 
     check(name, prepare, lora=lora)
 

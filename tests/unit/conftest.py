@@ -33,17 +33,30 @@ FORKED_RANKS = Path(__file__).parents[1] / "forked_ranks.py"
 WRITER = Path(__file__).parent / "checkpoint" / "write_engine_checkpoints.py"
 
 
+class StartRanks(Protocol):
+    def __call__(self, world_size: int, script: Path, *arguments: object) -> None: ...
+
+
 class WriteCheckpoints(Protocol):
     def __call__(self, out: Path, *, cases: str, world_size: int) -> Path: ...
 
 
-def _write(out: Path, *, cases: str, world_size: int) -> Path:
-    command = [sys.executable, str(FORKED_RANKS), str(world_size)]
-    arguments = [str(WRITER), "--out", str(out), "--cases", cases]
+def _start(world_size: int, script: Path, *arguments: object) -> None:
+    command = [sys.executable, str(FORKED_RANKS), str(world_size), str(script), *map(str, arguments)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
-    done = subprocess.run(command + arguments, env=environment, capture_output=True, text=True, timeout=500)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr[-4000:]
+
+
+def _write(out: Path, *, cases: str, world_size: int) -> Path:
+    _start(world_size, WRITER, "--out", out, "--cases", cases)
     return out
+
+
+@pytest.fixture(scope="session")
+def start_ranks() -> StartRanks:
+    """A function that starts the ranks of a script and waits for them."""
+    return _start
 
 
 @pytest.fixture(scope="session")

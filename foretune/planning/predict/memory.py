@@ -14,8 +14,8 @@ with b bytes of a parameter in forward (2 or 4), a of an accumulated gradient, s
 On CPUs stage 2 keeps whole gradients, as stage 1 does, and reduces them once a step (`reduced_at_step`).
 Offloading moves master, states and gradients to the host; streamed, it moves master and states alone, and what travels
 has slots on the device. In 8 bits a state is a byte and there is no master; a step adds what is fp32 of one piece.
-Activations: `activation_bytes_per_token_layer`. A checkpointed layer keeps its input only, and recomputes itself in
-backward, one layer at a time (Chen et al. 2016).
+Activations: `activation_bytes_per_token_layer`. A checkpointed layer keeps its input, and attention's output if it is
+told to, and recomputes itself in backward, one layer at a time (Chen et al. 2016).
 """
 
 from __future__ import annotations

@@ -46,15 +46,15 @@ def search_space(config: Config, work: Workload, cluster: Cluster) -> Iterator[C
     """Every combination worth looking at, with its figures and with pins kept."""
     batches = list(_batches(config, work, cluster))
     for layout in _layouts_with_kernels(config, work, cluster):
-        enough = work.shape.num_layers  # to recompute; what a larger micro-batch needed is enough for a smaller one
-        least = inf
+        roomy, least = False, inf  # whether a larger micro-batch fitted with all layers kept; the fastest of those
         for micro_batch, steps in _that_may_fit(config, work, layout, batches, cluster):
             batch = layout.but(micro_batch_size=micro_batch, accumulation_steps=steps)
-            pairs = _chunks_and_layers(config, work, batch, cluster, at_most=enough)
-            enough = pairs[0][1]
+            largest = _chunks(config, work, batch)[0]
+            pairs = [(largest, 0)] if roomy else _chunks_and_layers(config, work, batch, cluster)
+            roomy = config.plan.checkpointed_layers == "auto" and pairs[0] == (largest, 0)
             found = [evaluate(work, one, cluster) for one in _of_one_batch(config, work, batch, cluster, pairs=pairs)]
             yield from found
-            if enough or layout.streamed:
+            if pairs[0][1] or layout.streamed:
                 continue  # a smaller micro-batch lets fewer layers recompute, or less of the optimizer leave the device
             # Rows that only fill up the last micro-batch are not the fault of its size.
             of_rows = batches[-1][1] / (micro_batch * steps)
@@ -67,41 +67,61 @@ def search_space(config: Config, work: Workload, cluster: Cluster) -> Iterator[C
 def _of_one_batch(
     config: Config, work: Workload, batch: Strategy, cluster: Cluster, *, pairs: list[tuple[int, int]]
 ) -> Iterator[Strategy]:
-    """Ways to compute one micro-batch: `pairs` of a chunk and of layers that recompute, and what these may keep."""
-    for chunk, layers in pairs:
-        one = batch.but(loss_chunk_tokens=chunk, checkpointed_layers=layers)
-        yield from _with_shares(config, work, one, cluster)
+    """Ways to compute one micro-batch: with `pairs` of a chunk and of layers that recompute, and with less inside."""
+    variants = [(batch, pairs)]
     if pairs[0][1]:
-        yield from _with_less_inside(config, work, batch.but(loss_chunk_tokens=pairs[0][0]), cluster)
+        less = _with_less_inside(config, work, batch)
+        variants += [(one, _chunks_and_layers(config, work, one, cluster)) for one in less]
+    for one, of_this in variants:
+        for chunk, layers in of_this:
+            fitted = one.but(loss_chunk_tokens=chunk, checkpointed_layers=layers)
+            yield from _with_shares(config, work, fitted, cluster)
 
 
-def _chunks_and_layers(
-    config: Config, work: Workload, strategy: Strategy, cluster: Cluster, *, at_most: int
-) -> list[tuple[int, int]]:
+def _with_less_inside(config: Config, work: Workload, batch: Strategy) -> Iterator[Strategy]:
+    """Where layers recompute: with attention's output kept then, and with MLPs in tiles, inside which nothing is kept.
+
+    8-bit maps have never been measured with the former.
+    """
+    keeping = batch.but(keep_attention=True)
+    if config.plan.keep_attention == "auto" and not work.fp8 and not keeping_obstacle(work, keeping):
+        yield keeping
+    if _may_tile(config, work, batch):
+        yield batch.but(mlp_tile_rows=TILE_ROWS, recompute_pointwise=False, keep_attention=False)
+
+
+def _chunks(config: Config, work: Workload, strategy: Strategy) -> list[int]:
+    """Tokens whose logits may exist at a time, the most first; more than a micro-batch has are as many as it has."""
+    pinned, tokens = config.plan.loss_chunk_tokens, strategy.micro_batch_size * work.max_length
+    return [pinned] if pinned != "auto" else sorted({min(chunk, tokens) for chunk in LOSS_CHUNKS}, reverse=True)
+
+
+def _chunks_and_layers(config: Config, work: Workload, strategy: Strategy, cluster: Cluster) -> list[tuple[int, int]]:
     """Chunks of the loss worth looking at, the largest first, and the fewest layers that recompute with each.
 
-    Small chunks are slower: they are for letting fewer layers recompute, and the smallest for what fits at all.
+    Small chunks are slower: they are for what does not fit with larger ones, or only if more layers recompute. If it
+    fits with none, the smallest is enough to say why.
     """
-    pinned_layers, pinned_chunk = config.plan.checkpointed_layers, config.plan.loss_chunk_tokens
-    tokens = strategy.micro_batch_size * work.max_length
-    chunks = sorted({min(chunk, tokens) for chunk in LOSS_CHUNKS}, reverse=True)
-    chunks = chunks if pinned_chunk == "auto" else [pinned_chunk]
+    chunks, pinned_layers = _chunks(config, work, strategy), config.plan.checkpointed_layers
     if pinned_layers != "auto":
         return [(chunk, pinned_layers) for chunk in chunks]
 
-    def fewest(chunk: int, at_most: int) -> int:
+    def fewest(chunk: int) -> int | None:
         one = strategy.but(loss_chunk_tokens=chunk)
-        return fewest_layers(work_for(work, one), one, cluster, at_most=at_most)
+        return fewest_layers(work_for(work, one), one, cluster)
 
-    pairs = [(chunks[0], fewest(chunks[0], at_most))]
-    if pairs[0][1] == 0 or len(chunks) == 1:
-        return pairs
-    least = fewest(chunks[-1], pairs[0][1])
+    all_layers, first = work.shape.num_layers, fewest(chunks[0])
+    pairs = [] if first is None else [(chunks[0], first)]
+    if first == 0 or len(chunks) == 1:
+        return pairs or [(chunks[0], all_layers)]
+    least = fewest(chunks[-1])
+    if least is None:
+        return pairs or [(chunks[-1], all_layers)]
     for chunk in chunks[1:-1]:
-        before = pairs[-1][1]
-        if before > least and (layers := fewest(chunk, before)) < before:
+        before = pairs[-1][1] if pairs else inf
+        if before > least and (layers := fewest(chunk)) is not None and layers < before:
             pairs.append((chunk, layers))
-    return pairs if pairs[-1][1] == 0 else [*pairs, (chunks[-1], least)]
+    return pairs if pairs and pairs[-1][1] == 0 else [*pairs, (chunks[-1], least)]
 
 
 def _that_may_fit(
@@ -136,32 +156,6 @@ def _may_tile(config: Config, work: Workload, strategy: Strategy) -> bool:
     pins = config.plan.sum_in_matmul, config.plan.recompute_pointwise, config.plan.keep_attention
     free = config.plan.mlp_tile_rows == "auto" and True not in pins
     return free and work.max_length >= LONG_ROWS and not tiling_obstacle(config, work, strategy.zero_stage)
-
-
-def _with_less_inside(config: Config, work: Workload, strategy: Strategy, cluster: Cluster) -> Iterator[Strategy]:
-    """Where layers recompute: those that keep attention's output, and those that have their MLPs in tiles."""
-    if config.plan.keep_attention == "auto":
-        yield from _with_attention_kept(config, work, strategy, cluster)
-    if _may_tile(config, work, strategy):
-        yield from _with_tiles(config, work, strategy, cluster)
-
-
-def _with_attention_kept(config: Config, work: Workload, strategy: Strategy, cluster: Cluster) -> Iterator[Strategy]:
-    """A strategy whose recomputed layers keep attention's output, if they can: as many layers as that takes."""
-    keeping = strategy.but(keep_attention=True)
-    if keeping_obstacle(work, keeping):
-        return
-    layers = config.plan.checkpointed_layers
-    layers = fewest_layers(work_for(work, keeping), keeping, cluster) if layers == "auto" else layers
-    yield from _with_shares(config, work, keeping.but(checkpointed_layers=layers), cluster)
-
-
-def _with_tiles(config: Config, work: Workload, strategy: Strategy, cluster: Cluster) -> Iterator[Strategy]:
-    """A strategy with MLPs in tiles: inside them nothing is kept, so fewer layers recompute."""
-    tiled = strategy.but(mlp_tile_rows=TILE_ROWS, recompute_pointwise=False, keep_attention=False)
-    layers = config.plan.checkpointed_layers
-    layers = fewest_layers(work_for(work, tiled), tiled, cluster) if layers == "auto" else layers
-    yield from _with_shares(config, work, tiled.but(checkpointed_layers=layers), cluster)
 
 
 def _with_shares(config: Config, work: Workload, strategy: Strategy, cluster: Cluster) -> Iterator[Strategy]:
@@ -311,15 +305,12 @@ def _batches(config: Config, work: Workload, cluster: Cluster) -> Iterator[tuple
         yield size, steps
 
 
-def fewest_layers(work: Workload, strategy: Strategy, cluster: Cluster, *, at_most: int | None = None) -> int:
-    """The fewest checkpointed layers that fit the device, or `at_most` (all of them) if none fit.
+def fewest_layers(work: Workload, strategy: Strategy, cluster: Cluster) -> int | None:
+    """The fewest checkpointed layers that fit the device; None if no number of them does.
 
     From the first on, every phase of a step grows by the same for each.
     """
-    limit = memory.budget(cluster)
-    most = work.shape.num_layers if at_most is None else at_most
-    if most == 0:
-        return 0
+    limit, most = memory.budget(cluster), work.shape.num_layers
 
     def sizes(layers: int) -> list[int]:
         by_phase = memory.phases(work, strategy.but(checkpointed_layers=layers), cluster)
@@ -328,7 +319,7 @@ def fewest_layers(work: Workload, strategy: Strategy, cluster: Cluster, *, at_mo
     if max(sizes(0)) <= limit:
         return 0
     last = sizes(most)
-    if max(last) > limit or most == 1:
-        return most
+    if max(last) > limit:
+        return None
     pairs = [(one, all_of_them) for one, all_of_them in zip(sizes(1), last, strict=True) if one > limit]
     return max((1 + ceil((one - limit) * (most - 1) / (one - all_of_them)) for one, all_of_them in pairs), default=1)

@@ -1,4 +1,4 @@
-"""A rank's main (under torchrun): loads checkpoints of other layouts, and saves them as this layout has them.
+"""A rank's main: loads checkpoints of other layouts, and saves them as this layout has them.
 
 in: ``--made FOLDER`` of write_engine_checkpoints.py, ``--out FOLDER --pairs A:TARGET,…`` (names of `CASES`)   out:
 FOLDER/A-as-TARGET/step-00000002/, complete, and FOLDER/A-as-TARGET/groups.json, the optimizer's groups by name.

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +16,6 @@ from foretune.checkpoint.store import verify
 from foretune.checkpoint.whole_states import MASTER, whole_states
 
 SCRIPT = Path(__file__).parent / "relay_checkpoints.py"
-FORKED_RANKS = Path(__file__).parents[2] / "forked_ranks.py"
 STEP = 2
 FP32 = [f"llama-fp32-{stage}" for stage in range(4)]
 BF16 = [*(f"llama-bf16-{stage}" for stage in range(4)), "llama-bf16-1-fp32-sums"]
@@ -61,14 +58,10 @@ ALL = [
     ids=["few at 3", "all at 1", "all at 3"],
 )
 def test_what_two_ranks_saved(
-    engine_checkpoints: Path, tmp_path: Path, ranks: int, pairs: list[tuple[str, str]]
+    engine_checkpoints: Path, start_ranks: Any, tmp_path: Path, ranks: int, pairs: list[tuple[str, str]]
 ) -> None:
-    command = [sys.executable, str(FORKED_RANKS), str(ranks), str(SCRIPT)]
     words = ",".join(f"{source}:{target}" for source, target in pairs)
-    arguments = ["--made", str(engine_checkpoints), "--out", str(tmp_path), "--pairs", words]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
-    done = subprocess.run(command + arguments, env=environment, capture_output=True, text=True, timeout=500)
-    assert done.returncode == 0, done.stderr[-4000:]
+    start_ranks(ranks, SCRIPT, "--made", engine_checkpoints, "--out", tmp_path, "--pairs", words)
     for source, target in pairs:
         compare(engine_checkpoints / source / "checkpoints", tmp_path / f"{source}-as-{target}")
 

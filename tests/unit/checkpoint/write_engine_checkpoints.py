@@ -1,4 +1,4 @@
-"""A rank's main (under torchrun): trains tiny models for two steps on the real engine and saves them, the truth beside.
+"""A rank's main: trains tiny models for two steps on the real engine and saves them, the truth beside.
 
 in: ``--out FOLDER --cases A,B,…`` (names of `CASES`, or ``all``)   out, per case:
 

@@ -3,6 +3,7 @@
 import copy
 from collections import Counter
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -107,11 +108,15 @@ def test_dropout_draws_the_same_numbers_again(backend: str) -> None:
     torch.testing.assert_close(product, whole - loss(), rtol=1e-8, atol=1e-8)
 
 
-def test_layers_with_tiles_recompute_as_a_whole() -> None:
+def test_layers_with_tiles_recompute_as_a_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[Any] = []
+    real = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda run, **how: compiled.append(run) or real(run, **how))
     plain, tiled = make(LlamaConfig(**SIZES)), make(LlamaConfig(**SIZES))
     assert tile_mlps(tiled, 16) == 3
     checkpoint_layers(tiled, 3)
     compile_layers(tiled, keep_attention=True, backend="aot_eager")
+    assert [isinstance(run, partial) for run in compiled] == [False], "it recomputes inside what is compiled"
     expected, found = gradients(plain), gradients(tiled)
     for name, gradient in expected.items():
         torch.testing.assert_close(found[name], gradient, rtol=1e-9, atol=1e-12, msg=name)

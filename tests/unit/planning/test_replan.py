@@ -54,6 +54,10 @@ def test_attention_is_not_kept_before_more_layers_recompute() -> None:
     last = planning.after_out_of_memory(without)
     assert last is not None
     assert last.checkpointed_layers == 5
+    kept_by_none = plan.model_copy(update={"checkpointed_layers": 0})
+    more = planning.after_out_of_memory(kept_by_none)  # what no layer recomputes, none keeps: nothing to be had there
+    assert more is not None
+    assert (more.keep_attention, more.checkpointed_layers) == (True, 5)
 
 
 def test_micro_batches_shrink_then_layers_recompute_then_it_ends() -> None:
