@@ -164,7 +164,7 @@ def run_foretune(spec: dict[str, Any]) -> dict[str, Any]:
     chosen = (
         "zero_stage", "micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_accumulation_dtype",
         "checkpointed_layers", "loss_chunk_tokens", "attention", "recompute_pointwise", "keep_attention",
-        "compile_layers", "sum_in_matmul", "offload_optimizer",
+        "compile_layers", "sum_in_matmul", "fused_mlp", "offload_optimizer",
     )  # fmt: skip
     return {
         "step_seconds": times,
@@ -204,6 +204,7 @@ def run_torch(spec: dict[str, Any]) -> dict[str, Any]:
     from foretune.model import loading
     from foretune.model.attention import use_packed_attention
     from foretune.model.compilation import compile_layers
+    from foretune.model.gated_mlp import fuse_mlps
     from foretune.model.loss import attach_loss
     from foretune.model.weight_sums import sum_inside
     from foretune.training.objective import to_device
@@ -222,6 +223,8 @@ def run_torch(spec: dict[str, Any]) -> dict[str, Any]:
     master, sums, filled = wide_copy(weights)
     if plan.sum_in_matmul:
         sum_inside(model, sums)
+    if plan.fused_mlp:
+        fuse_mlps(model)
     if plan.compile_layers:
         compile_layers(model, recompute_pointwise=plan.recompute_pointwise, keep_attention=plan.keep_attention)
     train = config.train

@@ -16,7 +16,7 @@ from typing import Any, Self
 
 RESULTS = Path(__file__).parent / "results"
 _PACKAGES = ("foretune", "torch", "deepspeed", "transformers", "peft", "datasets", "tokenizers", "trl", "liger-kernel",
-             "unsloth", "triton", "flash-attn-4")  # fmt: skip
+             "unsloth", "triton", "flash-attn-4", "quack-kernels", "nvidia-cutlass-dsl")  # fmt: skip
 _SAMPLE_SECONDS = 1.0  # reading the page tables of large processes takes the cores that are measured
 
 

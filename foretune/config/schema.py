@@ -172,6 +172,10 @@ class PlanConfig(Section):
         bool | Auto,
         Field(description="add weight gradients to their fp32 sums inside the product (GPU, ZeRO-1, full)"),
     ] = "auto"
+    fused_mlp: Annotated[
+        bool | Auto,
+        Field(description="SwiGLU inside the products of MLPs (Hopper with the flash extra; where sums are inside)"),
+    ] = "auto"
 
 
 class CheckpointConfig(Section):

@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 
 from foretune.artifacts import IGNORE_INDEX
+from foretune.model import quack_kernels
 from foretune.model.attention import packed_inputs, takes_bounds
 from foretune.model.weight_sums import GradientSum, add_product
 
@@ -126,10 +127,16 @@ def _compiled_softmax() -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
 
 
 def _fused_softmax() -> Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]:
-    """`_softmax` in one or two kernels, compiled once for any number of rows (the last chunk is shorter)."""
+    """`_softmax` in one or two kernels, compiled once for any number of rows (the last chunk is shorter).
+
+    Where QuACK is installed, in a kernel of its own: a row stays on the chip, so logits are read once, and the gradient
+    takes their place.
+    """
     import torch._dynamo
 
     def call(logits: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        if quack_kernels.takes(logits):
+            return quack_kernels.softmax_in_place(logits, target)
         if len(target) < 2:  # compilers treat one row as another program
             return _softmax_in_place(logits, target)
         torch._dynamo.maybe_mark_dynamic(logits, 0)

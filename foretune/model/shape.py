@@ -43,6 +43,7 @@ class ModelShape:
     soft_capped_attention: bool = False  # whole attention scores: no fused kernel computes them
     plain_head: bool = True  # the output head is a linear map and nothing more (no soft-capping, no scaling)
     plain_embedding: bool = True  # torch's own lookup (Gemma scales what it looks up, in a class of its own)
+    swiglu: bool = False  # the MLP is silu(gate) * up, of three linear maps without biases
     quantised: str | None = None  # the method, where the files hold quantised weights
     stored_dtype: str | None = None  # of the files, as config.json says it
     estimated: bool = False
@@ -214,10 +215,17 @@ def shape_of(values: Mapping[str, Any], *, origin: str) -> ModelShape:
         head_parameters=head + (s.vocab if anatomy.head_bias else 0),
         plain_head=all(keys.get(name) in (None, 0, 1) for name in _HEAD_EXTRAS),
         plain_embedding=not family.startswith("gemma"),
+        swiglu=family in FAMILIES and _is_swiglu(keys, anatomy.linears),
         quantised=_quantisation(values),
         stored_dtype=dtype if isinstance(dtype, str) else None,
         estimated=family not in FAMILIES or nested is not None,
     )
+
+
+def _is_swiglu(keys: Keys, linears: tuple[Linear, ...]) -> bool:
+    plain = {linear.name for linear in linears if not linear.bias and linear.copies == 1}
+    activation = keys.get("hidden_act", "hidden_activation", "activation_function")
+    return plain >= {"gate_proj", "up_proj", "down_proj"} and activation in (None, "silu", "swish")
 
 
 def _quantisation(values: Mapping[str, Any]) -> str | None:

@@ -9,8 +9,8 @@ from typing import Any
 
 from foretune.artifacts import Cluster
 from foretune.config.schema import TrainConfig
-from foretune.planning.predict.memory import persistence_threshold, sums_apart
-from foretune.planning.strategy import Strategy, Workload, buckets_for
+from foretune.planning.predict.memory import persistence_threshold
+from foretune.planning.strategy import Strategy, Workload, buckets_for, sums_apart
 
 #: DeepSpeed prints a line every so many steps; the journal already does.
 _NEVER = 1_000_000_000

@@ -11,7 +11,7 @@ from foretune.planning.predict.timing import starting_seconds
 from foretune.planning.search import EQUALLY_FAST, Candidate, best_of_families, family_of
 from foretune.planning.search.pins import eight_bits_obstacle, keeping_obstacle, recomputing_obstacle
 from foretune.planning.search.space import may_have_bf16_states
-from foretune.planning.strategy import Strategy, Workload, gib
+from foretune.planning.strategy import Strategy, Workload, gib, sums_apart
 
 
 def shortfall(one: Candidate, cluster: Cluster) -> str:
@@ -199,7 +199,7 @@ def _explain_keeping(work: Workload, s: Strategy) -> str:
 
 
 def _explain_bucket(work: Workload, s: Strategy) -> str:
-    if s.zero_stage == 0 or memory.sums_apart(work, s):
+    if s.zero_stage == 0 or sums_apart(work, s):
         return "no effect: gradients are not bucketed here"
     size = gib(work.parameter_bytes * s.reduce_bucket_size)
     return f"a quarter of the trained parameters, 1e8 at most: {size}, where DeepSpeed's default takes 953 MiB"

@@ -1,26 +1,32 @@
 """Which kernels compute a layer: choices that change its speed and its rounding, not its mathematics.
 
-Config × Workload × Cluster ──▶ `plan.attention`, `plan.compile`, `plan.fp8`, `plan.sum_in_matmul`, each with a reason
+Config × Workload × Cluster ──▶ `plan.attention`, `plan.compile`, `plan.fp8`, `plan.sum_in_matmul`,
+`plan.fused_mlp`, each with a reason
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from importlib import metadata
 
 from foretune.artifacts import Cluster, Decision
 from foretune.config import Config
 from foretune.errors import UserError
 from foretune.planning.machines import catalogue
-from foretune.planning.predict.memory import sums_apart
-from foretune.planning.strategy import Strategy, Workload
+from foretune.planning.strategy import Strategy, Workload, fuses_mlp, sums_apart
 
 #: Heads that the packed attention kernels compute: multiples of 8 up to this.
 LARGEST_PACKED_HEAD = 256
 #: The version that is used where it is installed, and the heads it is used for (`foretune.model.flash_attention_4`).
 FLASH_ATTENTION_4, FLASH_ATTENTION_4_HEADS = "4.0.0b36", (64, 128)
+#: The versions of QuACK and its compiler that are used where they are installed (`foretune.model.quack_kernels`).
+QUACK = {"quack-kernels": "0.6.5", "nvidia-cutlass-dsl": "4.7.1"}
+#: Widths that its kernels take are multiples of this.
+QUACK_ALIGNMENT = 8
 #: What the first step takes longer where layers are compiled: 12-15 s on an H100 (1.5B), 3 s once it is on disk.
 COMPILING_SECONDS = 15.0
 NO_SUMS_APART = "gradients have no fp32 sums of their own here, as they have at ZeRO-1 with bf16"
+NO_SUMS_INSIDE = "gradients are not summed inside products, which it is written for"
 TILES_SUM = "tiles of an MLP sum the gradients of its weights themselves"
 
 
@@ -58,10 +64,19 @@ def choose_attention(config: Config, work: Workload, cluster: Cluster) -> Decisi
 def has_flash_attention_4(work: Workload, cluster: Cluster) -> bool:
     """Whether FlashAttention-4 will compute packed attention: known for this machine alone, where it is probed."""
     card_can = cluster.probed and catalogue.has_flash_attention_4(cluster.accelerator.name)
-    if not card_can or work.shape.head_dim not in FLASH_ATTENTION_4_HEADS:
-        return False
+    known_head = work.shape.head_dim in FLASH_ATTENTION_4_HEADS
+    return card_can and known_head and _are_installed({"flash-attn-4": FLASH_ATTENTION_4})
+
+
+def has_quack(work: Workload, cluster: Cluster) -> bool:
+    """Whether QuACK's kernels can be used: known for this machine alone, where it is probed."""
+    card_can = cluster.probed and catalogue.is_hopper(cluster.accelerator.name)
+    return card_can and work.precision == "bf16" and _are_installed(QUACK)
+
+
+def _are_installed(versions: dict[str, str]) -> bool:
     try:
-        return metadata.version("flash-attn-4") == FLASH_ATTENTION_4
+        return all(metadata.version(name) == version for name, version in versions.items())
     except metadata.PackageNotFoundError:
         return False
 
@@ -167,3 +182,47 @@ def choose_sum_in_matmul(
     if obstacle is not None:
         return Decision(field=field, value=False, reason=obstacle)
     return Decision(field=field, value=True, reason="no gradient of a weight is written, read again and added")
+
+
+def may_fuse_mlp(config: Config, work: Workload, cluster: Cluster) -> bool:
+    """Whether a layout whose gradients are summed inside products computes SwiGLU inside them too.
+
+    Raises:
+        UserError: (field ``plan.fused_mlp``) asked for where no layout can.
+    """
+    asked, obstacle = config.plan.fused_mlp, _fusing_obstacle(work, cluster)
+    if asked is True and obstacle:
+        raise UserError("plan.fused_mlp", asked, obstacle, "remove the key")
+    return asked is not False and obstacle is None
+
+
+def _fusing_obstacle(work: Workload, cluster: Cluster) -> str | None:
+    """Why MLPs cannot be fused, whatever the layout."""
+    if not work.shape.swiglu:
+        return "this model's MLPs are not SwiGLU of three maps without biases"
+    if work.shape.hidden_size % QUACK_ALIGNMENT or work.shape.intermediate_size % QUACK_ALIGNMENT:
+        return f"QuACK's kernels take widths in multiples of {QUACK_ALIGNMENT}"
+    if not work.sums_inside:
+        return NO_SUMS_INSIDE
+    if not has_quack(work, cluster):
+        return "QuACK's kernels (Hopper, the flash extra, on this machine) are not there"
+    return None
+
+
+def choose_fused_mlp(config: Config, work: Workload, cluster: Cluster, strategy: Strategy) -> Decision:
+    """SwiGLU inside the MLP's products where gradients are summed inside them; asked for, as `may_fuse_mlp` says."""
+    asked, field = config.plan.fused_mlp, "plan.fused_mlp"
+    obstacle = _fusing_obstacle(work, cluster)
+    if obstacle is None and not work.compiled:
+        obstacle = "layers are not compiled (plan.compile), and these kernels take as long to compile"
+    if obstacle is None and not fuses_mlp(replace(work, fused_mlp=True), strategy):
+        obstacle = NO_SUMS_INSIDE
+    if asked is True and obstacle:
+        raise UserError(field, asked, obstacle, "remove the key")
+    if asked != "auto":
+        return Decision(field=field, value=asked, reason="as set", pinned=True)
+    if obstacle is not None:
+        return Decision(field=field, value=False, reason=obstacle)
+    return Decision(
+        field=field, value=True, reason="SwiGLU is computed where its inputs are summed, by QuACK's kernels"
+    )

@@ -18,8 +18,11 @@ from foretune.planning.kernels import (
     choose_attention,
     choose_compile,
     choose_fp8,
+    choose_fused_mlp,
     choose_sum_in_matmul,
     has_flash_attention_4,
+    has_quack,
+    may_fuse_mlp,
     may_sum_in_matmul,
 )
 from foretune.planning.mathematics import DataFacts, decide, workload
@@ -38,10 +41,11 @@ class Layout:
     compiling: Decision
     eight_bits: Decision
     summing: Decision
+    fusing: Decision
 
     @property
     def kernels(self) -> list[Decision]:
-        return [self.attention, self.compiling, self.eight_bits, self.summing]
+        return [self.attention, self.compiling, self.eight_bits, self.summing, self.fusing]
 
     def plan_fields(self) -> dict[str, Any]:
         """Fields of `Plan` that say how; `work_and_strategy` reads them."""
@@ -63,6 +67,7 @@ class Layout:
             "compile_layers": self.compiling.value,
             "fp8": self.eight_bits.value,
             "sum_in_matmul": self.summing.value,
+            "fused_mlp": self.fusing.value,
         }
 
 
@@ -76,9 +81,11 @@ def lay_out(config: Config, work: Workload, cluster: Cluster, *, total_steps: in
     summing = may_sum_in_matmul(config, work, cluster, fp8=eight_bits.value)
     fast_attention = attention.value == "packed" and has_flash_attention_4(work, cluster)
     work = replace(work, attention=attention.value, flash_attention_4=fast_attention)
-    work = replace(work, fp8=eight_bits.value, sums_inside=summing)
+    work = replace(work, fp8=eight_bits.value, sums_inside=summing, quack=has_quack(work, cluster))
+    work = replace(work, fused_mlp=may_fuse_mlp(config, work, cluster))
     compiling, work, candidates, best = _compiled_or_not(config, work, cluster, total_steps=total_steps)
     chosen = best.strategy
+    done = search.work_for(work, chosen)
     return Layout(
         work=work,
         candidates=candidates,
@@ -86,7 +93,8 @@ def lay_out(config: Config, work: Workload, cluster: Cluster, *, total_steps: in
         attention=attention,
         compiling=compiling,
         eight_bits=eight_bits,
-        summing=choose_sum_in_matmul(config, search.work_for(work, chosen), cluster, chosen, fp8=eight_bits.value),
+        summing=choose_sum_in_matmul(config, done, cluster, chosen, fp8=eight_bits.value),
+        fusing=choose_fused_mlp(config, done, cluster, chosen),
     )
 
 
@@ -146,4 +154,4 @@ def work_and_strategy(config: Config, plan: Plan, shape: ModelShape) -> tuple[Wo
         nvme=plan.swaps_to_nvme,
     )
     work = replace(work, attention=plan.attention, compiled=plan.compile_layers, sums_inside=plan.sum_in_matmul)
-    return replace(work, fp8=plan.fp8), strategy
+    return replace(work, fp8=plan.fp8, fused_mlp=plan.fused_mlp), strategy

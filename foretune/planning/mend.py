@@ -53,6 +53,8 @@ def _pins_exclude(config: Config) -> UserError:
     """One key leaves no layout that another would allow: only these narrow the search to some stages."""
     if config.plan.sum_in_matmul is True:
         return UserError("plan.sum_in_matmul", True, NO_SUMS_APART, "remove the key")
+    if config.plan.fused_mlp is True:
+        return UserError("plan.fused_mlp", True, NO_SUMS_APART, "remove the key")
     if config.plan.recompute_pointwise is True:
         return UserError("plan.recompute_pointwise", True, NOT_COMPILED, "remove the key")
     if config.plan.keep_attention is True:

@@ -35,6 +35,8 @@ class Workload:
     equal_documents: bool = False  # all of one length: attention is a batch, for faster kernels
     attention: Literal["packed", "sdpa"] = "sdpa"  # packed: the kernel knows where documents end, so there is no mask
     flash_attention_4: bool = False  # packed attention is computed by it
+    quack: bool = False  # where it is compiled, the softmax of the loss is QuACK's
+    fused_mlp: bool = False  # SwiGLU is computed inside the MLP's products where sums are inside
     fp8: bool = False  # the layers' linear maps multiply in 8-bit floats
     sums_inside: bool = False  # a GPU's products add to fp32 sums where these are apart from 16-bit gradients
     compiled: bool = False  # layers, and the softmax of the loss; not at stage 3
@@ -110,6 +112,32 @@ class Strategy:
             nvme=self.nvme,
             optimizer_dtype=self.optimizer_dtype,
         )
+
+
+def sums_apart(work: Workload, strategy: Strategy) -> bool:
+    """Whether DeepSpeed sums in fp32 beside bf16 weights at stage 1, for which it has another class (BF16_Optimizer).
+
+    That one keeps whole fp32 gradients at all times, needs no bucket, and steps on those gradients as they are.
+    """
+    different = work.precision == "bf16" and work.accumulation_dtype == "fp32"
+    by_deepspeed = strategy.offload_optimizer and not strategy.streamed
+    return strategy.zero_stage == 1 and different and not by_deepspeed and strategy.optimizer_dtype != "bf16"
+
+
+def sums_inside(work: Workload, strategy: Strategy) -> bool:
+    """Whether weights' gradients are added to their fp32 sums where they are made (`foretune.model.weight_sums`).
+
+    Tiles of an MLP sum by themselves; of adapters the sums are small.
+    """
+    return work.sums_inside and sums_apart(work, strategy) and not work.lora_rank and not strategy.mlp_tile_rows
+
+
+def fuses_mlp(work: Workload, strategy: Strategy) -> bool:
+    """Whether MLPs compute their activation inside their products (`foretune.model.gated_mlp`).
+
+    Only where layers are compiled: a run too short for that is too short to compile these products.
+    """
+    return work.fused_mlp and work.compiled and sums_inside(work, strategy)
 
 
 @dataclass(frozen=True)

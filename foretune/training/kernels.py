@@ -10,6 +10,7 @@ from foretune.engine import DeepSpeedEngine
 from foretune.errors import UserError
 from foretune.events import EventKind, Journal
 from foretune.model import attention, compilation, fp8
+from foretune.model.gated_mlp import fuse_mlps
 from foretune.model.weight_sums import sum_inside
 from foretune.training.assignment import Assignment
 from foretune.training.loop import StepReport
@@ -39,9 +40,15 @@ def apply_fp8(assignment: Assignment, model: Any, device: torch.device) -> None:
 
 
 def apply_weight_sums(assignment: Assignment, model: Any, engine: DeepSpeedEngine) -> None:
-    """Gradients summed inside the product where it is planned. Tiles of an MLP sum their weights' themselves."""
-    if assignment.plan.sum_in_matmul and not assignment.plan.mlp_tile_rows:
-        sum_inside(model, engine.gradient_sums)
+    """Gradients summed inside the product where it is planned. Tiles of an MLP sum their weights' themselves.
+
+    Over these sums, gated MLPs with their activation inside.
+    """
+    if not assignment.plan.sum_in_matmul or assignment.plan.mlp_tile_rows:
+        return
+    sum_inside(model, engine.gradient_sums)
+    if assignment.plan.fused_mlp and not fuse_mlps(model):
+        assignment.tell(EventKind.NOTE, message="MLPs are not fused: this model's compute something else than SwiGLU")
 
 
 def may_compile(assignment: Assignment, device: torch.device) -> bool:

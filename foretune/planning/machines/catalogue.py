@@ -111,6 +111,8 @@ WATTS: dict[str, float] = {
 _FP8 = ("H", "GH", "B", "GB", "L4", "RTX40", "RTX50", "RTX6000ADA", "RTXPRO")
 
 
+#: The same of Hopper.
+_HOPPER = ("H", "GH")
 #: The same of Hopper and data-centre Blackwell, for which FlashAttention-4 is written.
 _FLASH_ATTENTION_4 = ("H", "GH", "B", "GB")
 
@@ -118,6 +120,11 @@ _FLASH_ATTENTION_4 = ("H", "GH", "B", "GB")
 def has_flash_attention_4(name: str) -> bool:
     """Whether FlashAttention-4 has kernels for a card of the catalogue."""
     return find_card(name) is not None and name.startswith(_FLASH_ATTENTION_4)
+
+
+def is_hopper(name: str) -> bool:
+    """Whether a card of the catalogue is one of capability 9."""
+    return find_card(name) is not None and name.startswith(_HOPPER)
 
 
 def has_fp8(name: str) -> bool:

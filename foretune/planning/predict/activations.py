@@ -6,7 +6,7 @@ loss:   one chunk of logits in several formats, the head's gradient, the gradien
 
 from __future__ import annotations
 
-from foretune.planning.strategy import Strategy, Workload
+from foretune.planning.strategy import Strategy, Workload, fuses_mlp
 
 #: Rows of a gradient that the loss widens at a time to scale them (`foretune.model.loss`).
 SCALED_ROWS = 1 << 14
@@ -20,7 +20,7 @@ def is_compiled(work: Workload, strategy: Strategy) -> bool:
 
 
 def activation_bytes_per_token_layer(
-    work: Workload, *, compiled: bool = False, tiled: bool = False, again: bool = False
+    work: Workload, *, compiled: bool = False, tiled: bool = False, again: bool = False, fused_mlp: bool = False
 ) -> int:
     """What one layer keeps for backward, per token: the tensors that autograd saves of Hugging Face's own layers.
 
@@ -35,7 +35,8 @@ def activation_bytes_per_token_layer(
 
     Compiled layers keep what a minimal cut through their graph crosses (torch's partitioner, measured per family): one
     of two fp32 norm inputs, no normalised values, and gate, up and product of the MLP. Where they make pointwise values
-    `again`, that product and the norms' outputs are not kept either. MLPs in tiles keep nothing inside.
+    `again`, that product and the norms' outputs are not kept either. MLPs in tiles keep nothing inside, a
+    `fused_mlp` gate and up.
     """
     shape, b, saved = work.shape, work.parameter_bytes, work.shape.saved
     h, q, k = shape.hidden_size, shape.num_attention_heads * shape.head_dim, shape.num_key_value_heads * shape.head_dim
@@ -60,22 +61,24 @@ def activation_bytes_per_token_layer(
     if again:
         hidden -= b * saved.made_again * h
         mlp -= 1
+    if fused_mlp:
+        mlp = 2
     return hidden + attention + b * mlp * shape.intermediate_size + adapters + 16
 
 
 def working_widths(work: Workload, strategy: Strategy) -> tuple[int, int]:
     """(i's, h's): elements a token that a layer's backward holds beside what was saved, in widths of MLP and model.
 
-    Gradients of the MLP's inner values and of its ends (3i + 2h); in tiles of its ends, and its output, which is made
-    in one piece (3h). A product that is made again lies beside them (4i - 2h). With adapters every product has a part
-    of rank r, which is a tensor until a kernel adds it: 6i - h, and if gate and up are made again in backward, their
-    parts alone are kept, two more. (These two: 7B, rank 16, 16,384 tokens on an H100, 23.67 and 28.02 GiB. What
-    torch's compiler allocates for a CPU says 7 and 9 i's.)
+    Gradients of the MLP's inner values and of its ends (3i + 2h), or where it is fused, those of gate and up, and their
+    product; in tiles of its ends, and its output, which is made in one piece (3h). A product that is made again lies
+    beside them (4i - 2h). With adapters every product has a part of rank r, which is a tensor until a kernel adds it:
+    6i - h, and if gate and up are made again in backward, their parts alone are kept, two more. (These two: 7B, rank
+    16, 16,384 tokens on an H100, 23.67 and 28.02 GiB. What torch's compiler allocates for a CPU says 7 and 9 i's.)
     """
     if strategy.mlp_tile_rows:
         return 0, 3
     widths = [(3, 2)]
-    if makes_again(work, strategy):
+    if makes_again(work, strategy) and not fuses_mlp(work, strategy):
         widths.append((6, -1) if work.lora_rank else (4, -2))
     inner, outer = max(widths, key=lambda one: one[0] * work.shape.intermediate_size + one[1] * work.shape.hidden_size)
     in_parts = work.lora_rank > 0 and strategy.checkpointed_layers > 0 and recomputes_inside(work, strategy)
@@ -103,8 +106,8 @@ def tile_bytes(work: Workload, strategy: Strategy) -> int:
 def layer_bytes_per_token(work: Workload, strategy: Strategy) -> int:
     """What one layer keeps for backward as a strategy runs it."""
     compiled, tiled = is_compiled(work, strategy), strategy.mlp_tile_rows > 0
-    again = makes_again(work, strategy)
-    return activation_bytes_per_token_layer(work, compiled=compiled, tiled=tiled, again=again)
+    again, fused = makes_again(work, strategy), fuses_mlp(work, strategy)
+    return activation_bytes_per_token_layer(work, compiled=compiled, tiled=tiled, again=again, fused_mlp=fused)
 
 
 def makes_again(work: Workload, strategy: Strategy) -> bool:
@@ -154,18 +157,28 @@ def logit_bytes(work: Workload, strategy: Strategy) -> int:
     """Bytes per logit of a chunk at the worst moment of the linear cross-entropy (`foretune.model.loss`).
 
     The chunk's logits (b), and of the chunk before, which is not forgotten yet, the gradient (b). Compiled: the new
-    gradient (b). Otherwise logits in fp32 (4) and what the log-sum-exp makes of them (4). In fp32 all are one size.
+    gradient (b), but by QuACK's kernel, which writes it over the logits. Otherwise logits in fp32 (4) and what the
+    log-sum-exp makes of them (4). In fp32 all are one size.
     """
     b = work.parameter_bytes
     earlier = b if strategy.micro_batch_size * work.max_length > strategy.loss_chunk_tokens else 0
     if is_compiled(work, strategy):
-        return 2 * b + earlier
+        return (b if softmax_in_place(work) else 2 * b) + earlier
     return (8 if b == 4 else 8 + b) + earlier
 
 
+def softmax_in_place(work: Workload) -> bool:
+    """Whether a compiled loss has its softmax of QuACK's, which takes rows of a multiple of 16 bytes."""
+    return work.quack and work.shape.vocab_size % 8 == 0
+
+
 def added_bytes_per_logit(work: Workload) -> int:
-    """Bytes per logit of a chunk while its share of the head's gradient is added: logits and gradient, in fp32 one."""
-    return 4 if work.parameter_bytes == 4 else 2 * work.parameter_bytes
+    """Bytes per logit of a chunk while its share of the head's gradient is added: logits and gradient, or both in one.
+
+    In fp32 they are one, and where the softmax is computed in place.
+    """
+    one = work.parameter_bytes == 4 or (work.compiled and softmax_in_place(work))
+    return work.parameter_bytes if one else 2 * work.parameter_bytes
 
 
 def own_head_gradient(work: Workload, *, summed: bool) -> int:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 from foretune.artifacts import Cluster, Derivation
 from foretune.planning.predict import activations, memory
-from foretune.planning.strategy import Strategy, Workload
+from foretune.planning.strategy import Strategy, Workload, fuses_mlp, sums_apart, sums_inside
 
 ZERO = "Rajbhandari et al. 2020, ZeRO, §3 and §5"
 CHECKPOINTING = "Chen et al. 2016"
@@ -153,8 +153,8 @@ def _activations(phase: str, work: Workload, strategy: Strategy) -> Iterator[Der
     compiled, tile = activations.is_compiled(work, strategy), strategy.mlp_tile_rows
     saved = activations.layer_bytes_per_token(work, strategy)
     inside = activations.working_bytes_per_token(work, strategy)
-    again = activations.makes_again(work, strategy)
-    kinds = {"compiled": compiled, "MLPs in tiles": tile, "pointwise values made again": again}
+    again, fused = activations.makes_again(work, strategy), fuses_mlp(work, strategy)
+    kinds = {"compiled": compiled, "MLPs in tiles": tile, "pointwise values made again": again, "fused MLPs": fused}
     kind = ", ".join([shape.family, *(name for name, is_so in kinds.items() if is_so)])
     what = f"A = {saved:,} bytes a token and layer that autograd saves ({kind})"
 
@@ -201,7 +201,7 @@ def _loss(phase: str, work: Workload, strategy: Strategy) -> Iterator[Derivation
     def line(formula: str, numbers: str, value: int, source: str) -> Derivation:
         return Derivation(part="loss", formula=formula, numbers=numbers, value=value, source=source)
 
-    summed = memory.sums_inside(work, strategy)
+    summed = sums_inside(work, strategy)
     head = activations.own_head_gradient(work, summed=summed)
     if not shape.plain_head:
         per_logit = 14 if phase == "loss" else 6
@@ -254,5 +254,5 @@ def _buffers(phase: str, work: Workload, strategy: Strategy, cluster: Cluster) -
         yield line(f"{copies}·b·bucket", f"{copies} · {b} · {bucket:,}", passing, "buckets on their way")
     at_once = memory.reduced_at_once(work, strategy, cluster)
     if at_once and phase == "end of backward":
-        size = work.gradient_bytes if memory.sums_apart(work, strategy) else b
+        size = work.gradient_bytes if sums_apart(work, strategy) else b
         yield line("a·min(ψt, 5e8)", f"{size} · {at_once // size:,}", at_once, "flat copy that is reduced at once")

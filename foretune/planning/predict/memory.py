@@ -25,7 +25,7 @@ from math import ceil
 
 from foretune.artifacts import Cluster
 from foretune.planning.predict import activations
-from foretune.planning.strategy import GIB, Strategy, Workload, buckets_for
+from foretune.planning.strategy import GIB, Strategy, Workload, buckets_for, sums_apart, sums_inside
 
 #: CUDA context, cuBLAS workspaces and kernels of one process; several ranks have NCCL's channels on top.
 CUDA_CONTEXT_BYTES = int(0.75 * GIB)
@@ -177,24 +177,6 @@ def _state_bytes(work: Workload, strategy: Strategy) -> float:
 
 def _share_on_device(strategy: Strategy, cluster: Cluster) -> float:
     return 1.0 if cluster.accelerator.kind == "cpu" else 1.0 - strategy.offload_optimizer
-
-
-def sums_apart(work: Workload, strategy: Strategy) -> bool:
-    """Whether DeepSpeed sums in fp32 beside bf16 weights at stage 1, for which it has another class (BF16_Optimizer).
-
-    That one keeps whole fp32 gradients at all times, needs no bucket, and steps on those gradients as they are.
-    """
-    different = work.precision == "bf16" and work.accumulation_dtype == "fp32"
-    by_deepspeed = strategy.offload_optimizer and not strategy.streamed
-    return strategy.zero_stage == 1 and different and not by_deepspeed and strategy.optimizer_dtype != "bf16"
-
-
-def sums_inside(work: Workload, strategy: Strategy) -> bool:
-    """Whether weights' gradients are added to their fp32 sums where they are made (`foretune.model.weight_sums`).
-
-    Tiles of an MLP sum by themselves; of adapters the sums are small.
-    """
-    return work.sums_inside and sums_apart(work, strategy) and not work.lora_rank and not strategy.mlp_tile_rows
 
 
 def reduced_at_step(work: Workload, strategy: Strategy, cluster: Cluster) -> bool:

@@ -21,10 +21,11 @@ from foretune.planning.predict.activations import (
     layer_bytes_per_token,
     makes_again,
     recomputes_inside,
+    softmax_in_place,
 )
 from foretune.planning.predict.eager import eager_costs
-from foretune.planning.predict.memory import reduced_at_step, sums_apart, sums_inside
-from foretune.planning.strategy import Strategy, Workload
+from foretune.planning.predict.memory import reduced_at_step
+from foretune.planning.strategy import Strategy, Workload, fuses_mlp, sums_apart, sums_inside
 
 #: The constants that carry "fitted" were fitted to 23 runs of the 0.5B, 1.5B, GPT-2 and GPT-2 XL shapes on one H100
 #: (`bench/plan_accuracy.py`, its calibration half); the other half judges them.
@@ -32,6 +33,9 @@ from foretune.planning.strategy import Strategy, Workload
 MATMUL_SHARE = 0.76
 #: The same where layers are compiled: with little between products the card slows down (profile of a 1.5B step: 0.705).
 COMPILED_MATMUL_SHARE = 0.73
+#: Of the peak, what an MLP's products reach with SwiGLU inside; elements of i a token and layer that SwiGLU moves apart
+#: from them, and bytes per logit, that QuACK's kernels save (profiles of a 1.5B step on an H100, with and without).
+FUSED_MLP_SHARE, SWIGLU_ELEMENTS, SAVED_LOGIT_BYTES = 0.692, 5.4, 2.4
 #: Causal attention, both ways, by kernel and kind of documents: what it reaches of the peak over long ones, and the
 #: length in tokens at which it reaches half of that. From layers alone on an H100, documents of 200, 700 and 4096
 #: tokens on average (docs/speed.md), and for FlashAttention-4 from steps of rows of 32k and 64k: 0.63.
@@ -154,6 +158,12 @@ def _layer_flops_per_row(work: Workload, strategy: Strategy) -> float:
     return work.row_length * (_passes(work) * layers + 2.0 * strategy.checkpointed_layers * again)
 
 
+def _mlp_flops_per_row(work: Workload, strategy: Strategy) -> float:
+    """What of it is in the MLPs."""
+    passes = _passes(work) * work.shape.num_layers + 2.0 * strategy.checkpointed_layers
+    return work.row_length * passes * work.shape.mlp_parameters
+
+
 def attention_flops_per_row(work: Workload, strategy: Strategy = _NOTHING_AGAIN) -> float:
     """FLOP of causal attention in one row: q · length per token, layer and product; two forward, five backward.
 
@@ -182,6 +192,9 @@ def step_time(work: Workload, strategy: Strategy, cluster: Cluster) -> StepTime:
     compute = rows * flops_per_row(work, strategy) / rate
     if work.fp8:
         compute -= rows * _layer_flops_per_row(work, strategy) / 2 / rate
+    if fuses_mlp(work, strategy):
+        inside = rows * _mlp_flops_per_row(work, strategy)
+        compute += inside / (FUSED_MLP_SHARE * peak) - inside / rate
     attention_rate = peak * _attention_share(work)
     compute += rows * _tiled_flops_per_row(work, strategy) / rate
     compute += rows * attention_flops_per_row(work, strategy) / attention_rate
@@ -209,12 +222,15 @@ def _traffic(work: Workload, strategy: Strategy, cluster: Cluster) -> float:
     share = strategy.checkpointed_layers / shape.num_layers
     both_ends = sum(one.copies * (one.inputs + one.outputs) for one in shape.linears)
     if compiled:
-        kept = layer_bytes_per_token(work, replace(strategy, recompute_pointwise=False))
+        fused = fuses_mlp(work, strategy)
+        kept = layer_bytes_per_token(replace(work, fused_mlp=False), replace(strategy, recompute_pointwise=False))
         per_layer = COMPILED_PASSES * (1.0 + share / 2) * kept
         if work.lora_rank:
             per_layer += COMPILED_ADAPTER_BYTES * both_ends
         elif makes_again(work, strategy):
-            per_layer += b * (shape.intermediate_size + shape.saved.made_again * shape.hidden_size)
+            per_layer += b * ((not fused) * shape.intermediate_size + shape.saved.made_again * shape.hidden_size)
+        if fused:
+            per_layer -= (1.0 + share / 3) * b * SWIGLU_ELEMENTS * shape.intermediate_size
     else:
         # A third of it is forward, which is what is done again.
         per_layer = (1.0 + 0.3 * share) * b / 2 * eager_costs(shape).bytes_per_token(shape, work.row_length)
@@ -233,7 +249,10 @@ def _traffic(work: Workload, strategy: Strategy, cluster: Cluster) -> float:
         tables = int(all(ends)) if shape.tied else sum(ends)  # whose gradients autograd does not make
         owned -= shape.vocab_size * shape.hidden_size * tables
     traffic += (strategy.accumulation_steps - 1) * (b + 2 * work.gradient_bytes) * owned
-    traffic += tokens * (COMPILED_LOGIT_BYTES if compiled else LOGIT_BYTES) * shape.vocab_size
+    per_logit = COMPILED_LOGIT_BYTES if compiled else LOGIT_BYTES
+    if compiled and softmax_in_place(work):
+        per_logit -= SAVED_LOGIT_BYTES
+    traffic += tokens * per_logit * shape.vocab_size
     if not work.lora_rank and shape.plain_head:
         # With every chunk of the loss the head's fp32 gradient is read and written.
         chunks = strategy.accumulation_steps * ceil(

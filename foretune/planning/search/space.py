@@ -26,7 +26,7 @@ from foretune.planning.search.pins import (
     streaming_obstacle,
     tiling_obstacle,
 )
-from foretune.planning.strategy import Stage, Strategy, Workload
+from foretune.planning.strategy import Stage, Strategy, Workload, sums_apart
 
 #: Tokens of one micro-batch on a CPU beyond which nothing gets faster and only memory is spent.
 CPU_MICRO_BATCH_TOKENS = 4096
@@ -153,8 +153,9 @@ def _may_fit(config: Config, work: Workload, strategy: Strategy, cluster: Cluste
 
 def _may_tile(config: Config, work: Workload, strategy: Strategy) -> bool:
     """Whether MLPs in tiles are worth a look where not all layers can keep what they compute."""
-    pins = config.plan.sum_in_matmul, config.plan.recompute_pointwise, config.plan.keep_attention
-    free = config.plan.mlp_tile_rows == "auto" and True not in pins
+    plan = config.plan
+    pins = plan.sum_in_matmul, plan.fused_mlp, plan.recompute_pointwise, plan.keep_attention
+    free = plan.mlp_tile_rows == "auto" and True not in pins
     return free and work.max_length >= LONG_ROWS and not tiling_obstacle(config, work, strategy.zero_stage)
 
 
@@ -185,7 +186,7 @@ def _layouts_with_kernels(config: Config, work: Workload, cluster: Cluster) -> I
     """Layouts, with what their layers make again; where sums inside products are pinned, those that can have them."""
     pinned_rows = config.plan.mlp_tile_rows
     for one in _layouts(config, work, cluster):
-        if config.plan.sum_in_matmul is True and not memory.sums_apart(work, one):
+        if True in (config.plan.sum_in_matmul, config.plan.fused_mlp) and not sums_apart(work, one):
             continue
         layout = one.but(mlp_tile_rows=0 if pinned_rows == "auto" else pinned_rows)
         if config.plan.keep_attention is True:

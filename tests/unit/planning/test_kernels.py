@@ -73,6 +73,69 @@ def test_the_planner_knows_which_version_and_heads_are_used() -> None:
     assert kernels.FLASH_ATTENTION_4 == flash_attention_4.VERSION
     assert kernels.FLASH_ATTENTION_4_HEADS == flash_attention_4._HEADS
 
+    from foretune.model import quack_kernels
+
+    assert kernels.QUACK == quack_kernels.VERSIONS
+    assert kernels.QUACK_ALIGNMENT == quack_kernels.ALIGNMENT
+
+
+def with_quack(card: str, *settings: str, model: str = "Qwen/Qwen2.5-1.5B") -> Plan:
+    """A long run's plan for this machine, were it that card with QuACK installed."""
+    rows = ["train.max_length=4096", "train.global_batch_size=32", "train.max_steps=10000"]
+    config = load_config(flags={"model": model, "data": "rows.jsonl"}, settings=[*rows, *settings])
+    cluster = parse_hardware(card).model_copy(update={"probed": True})
+    return make_plan(config, model_folder=model, cluster=cluster, prepared=None)
+
+
+@pytest.fixture
+def _quack(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels.metadata, "version", {**kernels.QUACK, "flash-attn-4": "none"}.__getitem__)
+
+
+@pytest.mark.usefixtures("_quack")
+def test_mlps_are_fused_where_quack_is_and_sums_are_inside(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the plan knows what it saves: time; the MLP's product; the second copy of a chunk's logits."""
+    made = with_quack("1xH100-80GB")
+    apart = with_quack("1xH100-80GB", "plan.fused_mlp=false")
+    assert (made.fused_mlp, made.sum_in_matmul, apart.fused_mlp) == (True, True, False)
+    assert "QuACK" in reason_of(made, "plan.fused_mlp")
+    assert made.predicted.step_seconds < 0.97 * apart.predicted.step_seconds
+    assert made.predicted.gpu_memory_bytes < apart.predicted.gpu_memory_bytes
+    monkeypatch.setattr(kernels, "QUACK", {"quack-kernels": "0"})
+    without = with_quack("1xH100-80GB")
+    assert not without.fused_mlp
+    assert "flash extra" in reason_of(without, "plan.fused_mlp")
+    assert apart.predicted.step_seconds < without.predicted.step_seconds  # the softmax of the loss
+
+
+@pytest.mark.usefixtures("_quack")
+@pytest.mark.parametrize(
+    ("card", "model", "settings", "why"),
+    [
+        ("1xA100-80GB", "Qwen/Qwen2.5-1.5B", [], "Hopper"),
+        ("1xH100-80GB", "gpt2", ["train.max_length=1024"], "not SwiGLU"),
+        ("1xH100-80GB", "Qwen/Qwen2.5-1.5B", ["plan.sum_in_matmul=false"], "not summed inside"),
+        ("1xH100-80GB", "Qwen/Qwen2.5-1.5B", ["plan.zero_stage=2"], "not summed inside"),
+        ("1xH100-80GB", "Qwen/Qwen2.5-1.5B", ["method=lora"], "not summed inside"),
+        ("1xH100-80GB", "Qwen/Qwen2.5-1.5B", ["plan.compile=false"], "not compiled"),
+        ("1xH100-80GB", "Qwen/Qwen2.5-1.5B", ["plan.mlp_tile_rows=1024"], "not summed inside"),
+    ],
+)
+def test_mlps_that_are_not_fused(card: str, model: str, settings: list[str], why: str) -> None:
+    made = with_quack(card, *settings, model=model)
+    assert not made.fused_mlp
+    assert why in reason_of(made, "plan.fused_mlp")
+    with pytest.raises(UserError) as caught:
+        with_quack(card, *settings, "plan.fused_mlp=true", model=model)
+    assert caught.value.field == "plan.fused_mlp"
+    assert caught.value.mend
+
+
+@pytest.mark.usefixtures("_quack")
+def test_fused_mlps_that_are_asked_for_narrow_the_search() -> None:
+    made = with_quack("4xH100-80GB", "plan.fused_mlp=true", model="Qwen/Qwen2.5-7B")
+    assert (made.zero_stage, made.sum_in_matmul, made.fused_mlp) == (1, True, True)
+
 
 def test_what_does_not_pay_is_not_done() -> None:
     short = plan("1xH100-80GB", tokens=1_000_000)

@@ -1,4 +1,4 @@
-"""Plans of today beside what one H100 took on 25 November 2026: the runs that the benches left in bench/results."""
+"""Plans of today beside what one H100 took in November 2026: the runs that the benches left in bench/results."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ THROUGHPUT = (
 
 
 def read(name: str) -> dict[str, Any]:
-    return dict(json.loads((RESULTS / f"2026-11-25-{name}.json").read_text()))
+    (path,) = RESULTS.glob(f"2026-11-2?-{name}.json")
+    return dict(json.loads(path.read_text()))
 
 
 def work_of(
@@ -38,7 +39,8 @@ def work_of(
         frozen=known.parameters if lora else 0, lora_rank=16 if lora else 0, precision="bf16",
         accumulation_dtype="fp32", optimizer_state_bytes=8, max_length=length, row_length=length, rows=rows,
         document_length=length, packing=True, equal_documents=True, attention="packed", compiled=True,
-        flash_attention_4="flash-attn-4" in result["machine"]["versions"], **kernels,
+        flash_attention_4="flash-attn-4" in result["machine"]["versions"],
+        quack="quack-kernels" in result["machine"]["versions"], **kernels,
     )  # fmt: skip
 
 
@@ -55,7 +57,8 @@ def test_throughput(name: str) -> None:
     (ours,) = (one for one in results["results"] if one["spec"]["contender"].startswith("foretune"))
     spec, plan = ours["spec"], ours["plan"]
     lora = spec["method"] == "lora"
-    work = work_of(spec["shape"], spec["length"], results, rows=spec["rows"], lora=lora, sums_inside=not lora)
+    work = work_of(spec["shape"], spec["length"], results, rows=spec["rows"], lora=lora, sums_inside=not lora,
+                   fused_mlp=plan.get("fused_mlp", False))  # fmt: skip
     strategy = Strategy(
         plan["zero_stage"], plan["micro_batch_size_per_gpu"], plan["gradient_accumulation_steps"],
         plan["checkpointed_layers"], loss_chunk_tokens=plan["loss_chunk_tokens"],

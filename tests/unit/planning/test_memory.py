@@ -13,7 +13,7 @@ from foretune.planning import parse_hardware
 from foretune.planning.predict import activations, host, memory
 from foretune.planning.search.space import fewest_layers
 from foretune.planning.shapes import known_shape
-from foretune.planning.strategy import GIB, Strategy, Workload, gib
+from foretune.planning.strategy import GIB, Strategy, Workload, gib, sums_apart
 
 
 def work_of(name: str = "qwen2.5-1.5b", **values: object) -> Workload:
@@ -189,7 +189,7 @@ def test_bytes_for_people() -> None:
 
 def test_sums_apart_are_reduced_where_they_lie_on_gpus() -> None:
     work, apart = work_of(), Strategy(1, 4, 4)
-    assert memory.sums_apart(work, apart)
+    assert sums_apart(work, apart)
     assert memory.reduced_at_once(work, apart, cluster_of(4)) == 0
     assert memory.reduced_at_once(work, apart, parse_hardware("2xcpu,ram=256GB")) == 4 * memory.REDUCED_AT_ONCE
     assert memory.reduced_at_once(work, Strategy(0, 4, 4), cluster_of(4)) == 2 * memory.REDUCED_AT_ONCE

@@ -10,7 +10,8 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from foretune.model import attention, compilation
-from foretune.training.kernels import apply_compilation
+from foretune.training import kernels
+from foretune.training.kernels import apply_compilation, apply_weight_sums
 
 
 @pytest.mark.parametrize("packed", [True, False])
@@ -27,3 +28,18 @@ def test_attention_that_is_not_packed_is_not_kept(packed: bool, monkeypatch: pyt
     assignment: Any = SimpleNamespace(plan=plan)
     apply_compilation(assignment, model)
     assert asked == {"recompute_pointwise": True, "keep_attention": packed}
+
+
+@pytest.mark.parametrize(("planned", "tiles", "fused"), [(True, 0, True), (False, 0, False), (True, 512, False)])
+def test_mlps_are_fused_as_planned(planned: bool, tiles: int, fused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over sums inside products; a model whose MLPs are something else is left as it is, and the run says so."""
+    calls: list[str] = []
+    monkeypatch.setattr(kernels, "sum_inside", lambda model, sums: calls.append("sums"))
+    monkeypatch.setattr(kernels, "fuse_mlps", lambda model: calls.append("mlps") or 0)
+    told: list[str] = []
+    plan = SimpleNamespace(sum_in_matmul=True, mlp_tile_rows=tiles, fused_mlp=planned)
+    assignment: Any = SimpleNamespace(plan=plan, tell=lambda kind, message: told.append(message))
+    engine: Any = SimpleNamespace(gradient_sums={})
+    apply_weight_sums(assignment, None, engine)
+    assert calls == ([] if tiles else ["sums", "mlps"] if fused else ["sums"])
+    assert len(told) == fused

@@ -1,0 +1,110 @@
+"""QuACK (Dao-AILab, `quack-kernels`), where it is installed: products with SwiGLU inside, a softmax that reads once.
+
+It comes with the extra that brings FlashAttention-4 (`pip install foretune[flash]`), which is built on it. On an H100,
+16,384 rows of the MLP of Qwen2.5-1.5B: gate, up and SwiGLU in 1.26 ms where cuBLAS and a fused kernel take 1.59; their
+gradients and the product again in 0.97 ms instead of 1.25. Compiling takes 2 to 5 s a kernel, kept on disk.
+
+Its configurations are ours, measured: its own search tries each of them on the device for 40 s a product. Names and
+compilers change between versions: one pair is known, and no other is used.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+#: Where compiled kernels are kept between starts.
+CACHE = Path.home() / ".cache" / "foretune" / "quack"
+#: The versions that were compared with torch's kernels: 0.6.5 cannot trace what a compiler of 4.8 calls.
+VERSIONS = {"quack-kernels": "0.6.5", "nvidia-cutlass-dsl": "4.7.1"}
+#: A row of a 16-bit matrix starts at a multiple of 16 bytes, or the copy engine cannot take it.
+ALIGNMENT = 8
+
+
+def takes(tensor: torch.Tensor) -> bool:
+    """Whether it computes this [.., n]: installed, Hopper, bfloat16, rows that the copy engine can take."""
+    if not tensor.is_cuda or tensor.dtype != torch.bfloat16 or tensor.shape[-1] % ALIGNMENT:
+        return False
+    return torch.cuda.get_device_capability(tensor.device)[0] == 9 and _kernels() is not None
+
+
+def gated(hidden: torch.Tensor, joined: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """`foretune.model.gated_mlp.gated_product`, on a device that it `takes`."""
+    before, product = _kernels().gemm_gated(
+        hidden, joined.T, activation="swiglu", concat_layout=("B",), tuned=False
+    )  # fmt: skip
+    return before, product
+
+
+def gated_backward(
+    gradient: torch.Tensor, down: torch.Tensor, before: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`foretune.model.gated_mlp.gated_backward`."""
+    kernels = _kernels()
+    d_before, product = kernels.gemm_dgated(gradient, down, before, activation="swiglu", config=kernels.narrow)
+    return d_before, product
+
+
+def from_interleaved(d_before: torch.Tensor, joined: torch.Tensor) -> torch.Tensor:
+    """`foretune.model.gated_mlp.hidden_gradient`."""
+    result: torch.Tensor = _kernels().gemm(
+        d_before, joined, concat_layout=("B",), dynamic_scheduler=True, tuned=False
+    )  # fmt: skip
+    return result
+
+
+def add_interleaved(total: torch.Tensor, d_before: torch.Tensor, hidden: torch.Tensor, *, overwrite: bool) -> None:
+    """`foretune.model.gated_mlp.add_joined_gradient`, without its flags."""
+    options = {"dynamic_scheduler": True, "tuned": False}
+    if overwrite:
+        _kernels().gemm(d_before.T, hidden, out=total, concat_layout=("out",), **options)
+    else:
+        _kernels().gemm_add_inplace(d_before.T, hidden, total, concat_layout=("C", "out"), **options)
+
+
+def softmax_in_place(logits: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(Σ nll, its gradient) of logits [c, V] with targets int64 [c]; the gradient lies where the logits were."""
+    nll = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
+    _kernels().cross_entropy_fwd_out(logits, target, None, nll, None, logits, None)
+    return nll.sum(), logits
+
+
+@cache
+def _kernels() -> Any:
+    """The functions; None where they are not installed, are other versions or can't be imported."""
+    try:
+        versions = {name: metadata.version(name) for name in VERSIONS}
+    except metadata.PackageNotFoundError:
+        return None
+    if versions != VERSIONS:
+        found, known = (" with ".join(f"{name} {one}" for name, one in some.items()) for some in (versions, VERSIONS))
+        warnings.warn(f"{found} is not used: {known} is known", stacklevel=2)
+        return None
+    os.environ.setdefault("QUACK_CACHE_DIR", str(CACHE))  # read when it is imported; a user's own choice is kept
+    try:
+        from quack import gemm_config, gemm_interface
+        from quack.cross_entropy import cross_entropy_fwd_out
+    except Exception as error:
+        warnings.warn(f"quack-kernels is installed but can't be imported ({error}): it is not used", stacklevel=2)
+        return None
+    # It takes a fingerprint of all that its epilogues reach, among it a logger that the compiler has once it has run.
+    logging.Logger.__quack_semantic_key__ = lambda logger: logger.name  # type: ignore[attr-defined]
+    return SimpleNamespace(
+        gemm=gemm_interface.gemm,
+        gemm_add_inplace=gemm_interface.gemm_add_inplace,
+        gemm_gated=gemm_interface.gemm_gated,
+        gemm_dgated=gemm_interface.gemm_dgated,
+        cross_entropy_fwd_out=cross_entropy_fwd_out,
+        # Tiles of 128 x 128, by turns: its default, 128 x 192, spills what SwiGLU's gradient needs (1.06 ms for 0.97).
+        narrow=gemm_config.GemmConfig(
+            tile_m=128, tile_n=128, pingpong=True, cluster_m=1, cluster_n=2, is_dynamic_persistent=False
+        ),
+    )

@@ -1,0 +1,146 @@
+"""Gated MLPs with their activation inside the products, against the family's own code."""
+
+import copy
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, Gemma2Config, GPTNeoXConfig, LlamaConfig, Qwen2Config, Qwen3Config
+
+from foretune.model.compilation import compile_layers, compiled_graphs
+from foretune.model.gated_mlp import fuse_mlps
+from foretune.model.loading import checkpoint_layers
+from foretune.model.loss import attach_loss
+from foretune.model.weight_sums import GradientSum, sum_inside, sums_over
+
+VOCAB, LAYERS = 61, 3
+SMALL = {
+    "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64, "initializer_range": 0.3,
+}  # fmt: skip
+FAMILIES = {
+    "llama": LlamaConfig(**SMALL),
+    "qwen2": Qwen2Config(**SMALL, tie_word_embeddings=True),
+    "qwen3": Qwen3Config(**SMALL, head_dim=8),
+}
+OTHERS = {
+    "llama with biases": LlamaConfig(**SMALL, mlp_bias=True),
+    "llama with another activation": LlamaConfig(**SMALL, hidden_act="gelu"),
+    "gemma2": Gemma2Config(**SMALL, head_dim=8),
+    "neox": GPTNeoXConfig(**{**SMALL, "num_key_value_heads": 4}),
+}
+
+
+def with_sums(model: torch.nn.Module) -> dict[torch.nn.Parameter, GradientSum]:
+    """As ZeRO-1 has it: weights side by side in one buffer, sums in another, which hold what an earlier step left."""
+    parameters = list(model.parameters())
+    sizes = [parameter.numel() for parameter in parameters]
+    flat = torch.cat([parameter.detach().reshape(-1) for parameter in parameters])
+    for parameter, piece in zip(parameters, flat.split(sizes), strict=True):
+        parameter.data = piece.view(parameter.shape)
+    totals = torch.full((sum(sizes),), float("nan")).split(sizes)
+    sums = dict(zip(parameters, sums_over(parameters, totals)[0], strict=True))
+    for parameter, one in sums.items():
+        parameter.register_post_accumulate_grad_hook(one.take)
+    return sums
+
+
+def trained(
+    config: object, *, fused: bool, dtype: torch.dtype, checkpointed: int = 0, compiled: bool = False
+) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """Losses and sums of two micro-batches of 2 x 19 tokens."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype).train()
+    checkpoint_layers(model, checkpointed)
+    sums = with_sums(model)
+    sum_inside(model, sums)
+    if fused:
+        assert fuse_mlps(model) == LAYERS
+    attach_loss(model, chunk_tokens=7)
+    if compiled:
+        torch._dynamo.reset()
+        assert compile_layers(model, recompute_pointwise=True, backend="aot_eager") == LAYERS
+    losses = []
+    for seed in range(2):
+        ids = torch.randint(0, VOCAB, (2, 19), generator=torch.Generator().manual_seed(seed))
+        loss = model(input_ids=ids, shift_labels=ids.roll(-1, 1))
+        loss.backward()
+        losses.append(float(loss.detach()))
+    return losses, {name: sums[p].total for name, p in model.named_parameters() if sums[p].filled}
+
+
+def assert_close(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor], share: float) -> None:
+    """Every sum within a share of its largest element."""
+    assert found.keys() == wanted.keys()
+    for name, total in wanted.items():
+        torch.testing.assert_close(found[name], total, rtol=0, atol=share * float(total.abs().max()), msg=name)
+
+
+@pytest.mark.parametrize("checkpointed", [0, 1, LAYERS])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_same_losses_and_sums(family: str, checkpointed: int) -> None:
+    """fp32: another order of the same sums."""
+    losses, totals = trained(FAMILIES[family], fused=False, dtype=torch.float32, checkpointed=checkpointed)
+    fused_losses, fused_totals = trained(FAMILIES[family], fused=True, dtype=torch.float32, checkpointed=checkpointed)
+    assert fused_losses == pytest.approx(losses, rel=1e-6)
+    assert_close(fused_totals, totals, 2e-6)
+
+
+def test_16_bits_round_less_often() -> None:
+    """Against fp32, the sums are no further away than those of the family's own code."""
+    config = FAMILIES["llama"]
+    _, wide = trained(config, fused=False, dtype=torch.float32)
+    _, plain = trained(config, fused=False, dtype=torch.bfloat16)
+    _, fused = trained(config, fused=True, dtype=torch.bfloat16)
+    errors = [
+        sum(float((one[name] - wide[name]).norm() / wide[name].norm()) for name in wide) for one in (plain, fused)
+    ]
+    assert errors[1] < 1.05 * errors[0], errors
+
+
+@pytest.mark.filterwarnings("ignore")  # of torch's compiler about itself
+@pytest.mark.parametrize("checkpointed", [0, 1])
+def test_compiled_layers_take_it_as_it_is(checkpointed: int) -> None:
+    """One graph for all layers, without a break at the operators."""
+    config = FAMILIES["qwen2"]
+    graphs, runs = [], []
+    for fused in (False, True):
+        before = compiled_graphs()
+        runs.append(trained(config, fused=fused, dtype=torch.float32, checkpointed=checkpointed, compiled=True))
+        graphs.append(compiled_graphs() - before)
+    assert graphs[0] == graphs[1] > 0
+    assert runs[1][0] == pytest.approx(runs[0][0], rel=1e-6)
+    assert_close(runs[1][1], runs[0][1], 2e-6)
+
+
+@pytest.mark.parametrize("family", OTHERS)
+def test_other_mlps_are_left_alone(family: str) -> None:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(copy.deepcopy(OTHERS[family]), dtype=torch.float32)
+    sum_inside(model, with_sums(model))
+    assert fuse_mlps(model) == 0
+
+
+def test_weights_apart_are_left_alone() -> None:
+    """As parameters are before ZeRO lays them side by side; and without sums of their own."""
+    model = AutoModelForCausalLM.from_config(copy.deepcopy(FAMILIES["llama"]), dtype=torch.float32)
+    assert fuse_mlps(model) == 0
+    parameters = list(model.parameters())
+    totals = [torch.zeros(parameter.numel()) for parameter in parameters]
+    sum_inside(model, dict(zip(parameters, sums_over(parameters, totals)[0], strict=True)))
+    assert fuse_mlps(model) == 0
+
+
+def test_evaluation_is_as_it_was_and_sees_new_weights() -> None:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(copy.deepcopy(FAMILIES["llama"]), dtype=torch.float32).eval()
+    ids = torch.arange(19)[None]
+    with torch.no_grad():
+        before = model(ids).logits
+        sum_inside(model, with_sums(model))
+        assert fuse_mlps(model) == LAYERS
+        assert torch.equal(model(ids).logits, before)
+        model.model.layers[0].mlp.gate_proj.weight.mul_(2.0)
+    with torch.no_grad():
+        plain = model(ids).logits
+    torch.testing.assert_close(model(ids).logits.detach(), plain, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(plain, before)
