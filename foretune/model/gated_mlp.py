@@ -14,7 +14,7 @@ are rounded before it elsewhere.
 Gate and up lie side by side in `before` [T, 2 i]: g₀ u₀ g₁ u₁ …, since one thread needs both. Their weights are read as
 one matrix, which they are in the flat buffers of ZeRO-1, and their gradients' sums too (`foretune.model.weight_sums`).
 
-Every step is an operator of its own, which a compiler takes as it is. On other devices than `quack_kernels` takes, they
+Each way is an operator of its own, which a compiler takes as it is. On other devices than `quack_kernels` takes, they
 compute the same in torch's own kernels, slower than a plain MLP: for tests.
 """
 
@@ -47,64 +47,53 @@ def _(hidden: torch.Tensor, joined: torch.Tensor) -> tuple[torch.Tensor, torch.T
     return before, hidden.new_empty(hidden.shape[0], joined.shape[0] // 2)
 
 
-@torch.library.custom_op("foretune::gated_backward", mutates_args=())
-def gated_backward(
+@torch.library.custom_op(
+    "foretune::gated_mlp_backward",
+    mutates_args=("joined_total", "gate_filled", "up_filled", "down_total", "down_filled"),
+)
+def gated_mlp_backward(  # noqa: PLR0917 (as the operator has them)
+    gradient: torch.Tensor,
+    hidden: torch.Tensor,
+    before: torch.Tensor,
+    joined: torch.Tensor,
+    down: torch.Tensor,
+    joined_total: torch.Tensor,
+    gate_filled: torch.Tensor,
+    up_filled: torch.Tensor,
+    down_total: torch.Tensor,
+    down_filled: torch.Tensor,
+) -> torch.Tensor:
+    """The gradient of hidden [T, h] from that of the output [T, h]; those of the weights are added to their sums.
+
+    Flags are as in `GradientSum`, those of gate and up as one. One operator, since each takes the host 0.1 ms.
+    """
+    on_hopper = quack_kernels.takes(hidden)
+    d_before, product = (quack_kernels.gated_backward if on_hopper else _gated_backward)(gradient, down, before)
+    GradientSum(down_total, down_filled).add_product(gradient.T, product)
+    del product
+    if on_hopper and joined_total.dtype == torch.float32:
+        quack_kernels.add_joined_gradient(joined_total, d_before, hidden, overwrite=not gate_filled)
+    else:
+        GradientSum(joined_total, gate_filled).add_product(_apart(d_before).T, hidden)
+    gate_filled.fill_(True)
+    up_filled.fill_(True)
+    return quack_kernels.hidden_gradient(d_before, joined) if on_hopper else _apart(d_before) @ joined
+
+
+@gated_mlp_backward.register_fake
+def _(gradient: torch.Tensor, hidden: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(hidden)
+
+
+def _gated_backward(
     gradient: torch.Tensor, down: torch.Tensor, before: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(gradient of before [T, 2 i], silu(gate) ⊙ up [T, i]) of the output's gradient [T, h] and down [h, i]."""
-    if quack_kernels.takes(gradient):
-        return quack_kernels.gated_backward(gradient, down, before)
+    """As `quack_kernels.gated_backward`."""
     wide = before.to(torch.promote_types(before.dtype, torch.float32))
     gate, up, outer = wide[:, ::2], wide[:, 1::2], (gradient @ down).to(wide.dtype)
     share = torch.sigmoid(gate)
     d_gate = outer * up * share * (1 + gate * (1 - share))
     return torch.stack([d_gate, outer * F.silu(gate)], 2).flatten(1).to(before.dtype), _swiglu(before)
-
-
-@gated_backward.register_fake
-def _(gradient: torch.Tensor, down: torch.Tensor, before: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    return torch.empty_like(before), before.new_empty(before.shape[0], before.shape[1] // 2)
-
-
-@torch.library.custom_op("foretune::hidden_gradient", mutates_args=())
-def hidden_gradient(d_before: torch.Tensor, joined: torch.Tensor) -> torch.Tensor:
-    """The gradient of hidden [T, h] from that of before [T, 2 i] and [gate; up] [2 i, h]."""
-    if quack_kernels.takes(d_before):
-        return quack_kernels.from_interleaved(d_before, joined)
-    return _apart(d_before) @ joined
-
-
-@hidden_gradient.register_fake
-def _(d_before: torch.Tensor, joined: torch.Tensor) -> torch.Tensor:
-    return d_before.new_empty(d_before.shape[0], joined.shape[1])
-
-
-@torch.library.custom_op("foretune::add_joined_gradient", mutates_args=("total", "gate_filled", "up_filled"))
-def add_joined_gradient(
-    total: torch.Tensor,
-    gate_filled: torch.Tensor,
-    up_filled: torch.Tensor,
-    d_before: torch.Tensor,
-    hidden: torch.Tensor,
-) -> None:
-    """total [2 i, h] of [gate; up] (+)= d_before [T, 2 i]ᵀ hidden [T, h]; their flags (`GradientSum`) are as one."""
-    if quack_kernels.takes(hidden) and total.dtype == torch.float32:
-        quack_kernels.add_interleaved(total, d_before, hidden, overwrite=not gate_filled)
-    else:
-        GradientSum(total, gate_filled).add_product(_apart(d_before).T, hidden)
-    gate_filled.fill_(True)
-    up_filled.fill_(True)
-
-
-@add_joined_gradient.register_fake
-def _(
-    total: torch.Tensor,
-    gate_filled: torch.Tensor,
-    up_filled: torch.Tensor,
-    d_before: torch.Tensor,
-    hidden: torch.Tensor,
-) -> None:
-    """A compiler needs no more than what is changed."""
 
 
 def _interleaved(apart: torch.Tensor) -> torch.Tensor:
@@ -138,19 +127,15 @@ class _GatedMLP(torch.autograd.Function):
         down_filled: torch.Tensor,
     ) -> torch.Tensor:
         before, product = torch.ops.foretune.gated_product(hidden.reshape(-1, hidden.shape[-1]), joined)
-        ctx.save_for_backward(
-            hidden, down, joined, before, joined_total, gate_filled, up_filled, down_total, down_filled
-        )
+        sums = joined_total, gate_filled, up_filled, down_total, down_filled
+        ctx.save_for_backward(hidden, before, joined, down, *sums)
         return F.linear(product, down).view(hidden.shape)
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        hidden, down, joined, before, joined_total, gate_filled, up_filled, down_total, down_filled = ctx.saved_tensors
-        rows, outer = hidden.reshape(-1, hidden.shape[-1]), gradient.reshape(-1, gradient.shape[-1])
-        d_before, product = torch.ops.foretune.gated_backward(outer, down, before)
-        torch.ops.foretune.add_weight_gradient(down_total, down_filled, outer, product)
-        torch.ops.foretune.add_joined_gradient(joined_total, gate_filled, up_filled, d_before, rows)
-        return torch.ops.foretune.hidden_gradient(d_before, joined).view(hidden.shape), *[None] * 7
+        hidden, *rest = ctx.saved_tensors
+        outer, rows = (one.reshape(-1, one.shape[-1]).contiguous() for one in (gradient, hidden))
+        return torch.ops.foretune.gated_mlp_backward(outer, rows, *rest).view(hidden.shape), *[None] * 7
 
 
 def fuse_mlps(model: Any) -> int:

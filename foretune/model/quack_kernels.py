@@ -38,36 +38,43 @@ def takes(tensor: torch.Tensor) -> bool:
 
 def gated(hidden: torch.Tensor, joined: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """`foretune.model.gated_mlp.gated_product`, on a device that it `takes`."""
-    before, product = _kernels().gemm_gated(
-        hidden, joined.T, activation="swiglu", concat_layout=("B",), tuned=False
-    )  # fmt: skip
+    before, product = _kernels().gemm_gated(hidden, joined.T, activation="swiglu", concat_layout=("B",), tuned=False)
     return before, product
 
 
 def gated_backward(
     gradient: torch.Tensor, down: torch.Tensor, before: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`foretune.model.gated_mlp.gated_backward`."""
+    """(gradient of before [T, 2 i], silu(gate) ⊙ up [T, i]) of the output's gradient [T, h] and down [h, i]."""
     kernels = _kernels()
     d_before, product = kernels.gemm_dgated(gradient, down, before, activation="swiglu", config=kernels.narrow)
     return d_before, product
 
 
-def from_interleaved(d_before: torch.Tensor, joined: torch.Tensor) -> torch.Tensor:
-    """`foretune.model.gated_mlp.hidden_gradient`."""
-    result: torch.Tensor = _kernels().gemm(
-        d_before, joined, concat_layout=("B",), dynamic_scheduler=True, tuned=False
-    )  # fmt: skip
+def hidden_gradient(d_before: torch.Tensor, joined: torch.Tensor) -> torch.Tensor:
+    """[T, h] of d_before [T, 2 i], interleaved, and [gate; up] [2 i, h]."""
+    result = d_before.new_empty(d_before.shape[0], joined.shape[1])
+    _product(d_before, joined, result, ("B",))
     return result
 
 
-def add_interleaved(total: torch.Tensor, d_before: torch.Tensor, hidden: torch.Tensor, *, overwrite: bool) -> None:
-    """`foretune.model.gated_mlp.add_joined_gradient`, without its flags."""
-    options = {"dynamic_scheduler": True, "tuned": False}
-    if overwrite:
-        _kernels().gemm(d_before.T, hidden, out=total, concat_layout=("out",), **options)
-    else:
-        _kernels().gemm_add_inplace(d_before.T, hidden, total, concat_layout=("C", "out"), **options)
+def add_joined_gradient(total: torch.Tensor, d_before: torch.Tensor, hidden: torch.Tensor, *, overwrite: bool) -> None:
+    """float32 total [2 i, h] of [gate; up] (+)= d_before [T, 2 i]ᵀ hidden [T, h]."""
+    _product(d_before.T, hidden, total, ("out",), add=not overwrite)
+
+
+def _product(
+    left: torch.Tensor, right: torch.Tensor, out: torch.Tensor, halves: tuple[str, ...], *, add: bool = False
+) -> None:
+    """out (+)= left @ right, where those of `halves` are [gate; up] and the others g₀ u₀ g₁ u₁ …
+
+    By its function before the search for a configuration: the one in front of it looks for a library of heuristics at
+    every call, which costs 0.2 ms where there is none.
+    """
+    kernels = _kernels()
+    kernels.gemm_tuned.fn(
+        left, right, out, config=kernels.wide, add_to_output=add, dynamic_scheduler=True, concat_layout=halves
+    )
 
 
 def softmax_in_place(logits: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -98,12 +105,14 @@ def _kernels() -> Any:
     # It takes a fingerprint of all that its epilogues reach, among it a logger that the compiler has once it has run.
     logging.Logger.__quack_semantic_key__ = lambda logger: logger.name  # type: ignore[attr-defined]
     return SimpleNamespace(
-        gemm=gemm_interface.gemm,
-        gemm_add_inplace=gemm_interface.gemm_add_inplace,
+        gemm_tuned=gemm_interface.gemm_tuned,
         gemm_gated=gemm_interface.gemm_gated,
         gemm_dgated=gemm_interface.gemm_dgated,
         cross_entropy_fwd_out=cross_entropy_fwd_out,
-        # Tiles of 128 x 128, by turns: its default, 128 x 192, spills what SwiGLU's gradient needs (1.06 ms for 0.97).
+        wide=gemm_config.GemmConfig(
+            tile_m=128, tile_n=192, pingpong=True, cluster_m=2, cluster_n=1, is_dynamic_persistent=False
+        ),
+        # SwiGLU's gradient takes narrower tiles: 0.97 ms, where 128 x 192 takes 1.06.
         narrow=gemm_config.GemmConfig(
             tile_m=128, tile_n=128, pingpong=True, cluster_m=1, cluster_n=2, is_dynamic_persistent=False
         ),

@@ -20,9 +20,9 @@ from foretune.planning.kernels import (
     choose_fp8,
     choose_fused_mlp,
     choose_sum_in_matmul,
+    fuses_mlp_from,
     has_flash_attention_4,
     has_quack,
-    may_fuse_mlp,
     may_sum_in_matmul,
 )
 from foretune.planning.mathematics import DataFacts, decide, workload
@@ -82,7 +82,7 @@ def lay_out(config: Config, work: Workload, cluster: Cluster, *, total_steps: in
     fast_attention = attention.value == "packed" and has_flash_attention_4(work, cluster)
     work = replace(work, attention=attention.value, flash_attention_4=fast_attention)
     work = replace(work, fp8=eight_bits.value, sums_inside=summing, quack=has_quack(work, cluster))
-    work = replace(work, fused_mlp=may_fuse_mlp(config, work, cluster))
+    work = replace(work, fused_mlp_from=fuses_mlp_from(config, work, cluster))
     compiling, work, candidates, best = _compiled_or_not(config, work, cluster, total_steps=total_steps)
     chosen = best.strategy
     done = search.work_for(work, chosen)
@@ -154,4 +154,4 @@ def work_and_strategy(config: Config, plan: Plan, shape: ModelShape) -> tuple[Wo
         nvme=plan.swaps_to_nvme,
     )
     work = replace(work, attention=plan.attention, compiled=plan.compile_layers, sums_inside=plan.sum_in_matmul)
-    return replace(work, fp8=plan.fp8, fused_mlp=plan.fused_mlp), strategy
+    return replace(work, fp8=plan.fp8, fused_mlp_from=0 if plan.fused_mlp else None), strategy

@@ -36,7 +36,7 @@ class Workload:
     attention: Literal["packed", "sdpa"] = "sdpa"  # packed: the kernel knows where documents end, so there is no mask
     flash_attention_4: bool = False  # packed attention is computed by it
     quack: bool = False  # where it is compiled, the softmax of the loss is QuACK's
-    fused_mlp: bool = False  # SwiGLU is computed inside the MLP's products where sums are inside
+    fused_mlp_from: int | None = None  # tokens of a micro-batch from which SwiGLU is inside the MLP's products
     fp8: bool = False  # the layers' linear maps multiply in 8-bit floats
     sums_inside: bool = False  # a GPU's products add to fp32 sums where these are apart from 16-bit gradients
     compiled: bool = False  # layers, and the softmax of the loss; not at stage 3
@@ -137,7 +137,8 @@ def fuses_mlp(work: Workload, strategy: Strategy) -> bool:
 
     Only where layers are compiled: a run too short for that is too short to compile these products.
     """
-    return work.fused_mlp and work.compiled and sums_inside(work, strategy)
+    least, tokens = work.fused_mlp_from, strategy.micro_batch_size * work.max_length
+    return least is not None and tokens >= least and work.compiled and sums_inside(work, strategy)
 
 
 @dataclass(frozen=True)

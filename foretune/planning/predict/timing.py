@@ -223,7 +223,7 @@ def _traffic(work: Workload, strategy: Strategy, cluster: Cluster) -> float:
     both_ends = sum(one.copies * (one.inputs + one.outputs) for one in shape.linears)
     if compiled:
         fused = fuses_mlp(work, strategy)
-        kept = layer_bytes_per_token(replace(work, fused_mlp=False), replace(strategy, recompute_pointwise=False))
+        kept = layer_bytes_per_token(replace(work, fused_mlp_from=None), replace(strategy, recompute_pointwise=False))
         per_layer = COMPILED_PASSES * (1.0 + share / 2) * kept
         if work.lora_rank:
             per_layer += COMPILED_ADAPTER_BYTES * both_ends

@@ -132,6 +132,15 @@ def test_mlps_that_are_not_fused(card: str, model: str, settings: list[str], why
 
 
 @pytest.mark.usefixtures("_quack")
+def test_mlps_of_small_micro_batches_are_fused_if_asked() -> None:
+    small = ["plan.micro_batch_size_per_gpu=1", "plan.checkpointed_layers=0"]
+    made = with_quack("1xH100-80GB", *small)
+    assert not made.fused_mlp
+    assert "8,192 tokens" in reason_of(made, "plan.fused_mlp")
+    assert with_quack("1xH100-80GB", *small, "plan.fused_mlp=true").fused_mlp
+
+
+@pytest.mark.usefixtures("_quack")
 def test_fused_mlps_that_are_asked_for_narrow_the_search() -> None:
     made = with_quack("4xH100-80GB", "plan.fused_mlp=true", model="Qwen/Qwen2.5-7B")
     assert (made.zero_stage, made.sum_in_matmul, made.fused_mlp) == (1, True, True)

@@ -17,15 +17,16 @@ from foretune.planning.strategy import Strategy, Workload
 RESULTS = Path(__file__).parents[3] / "bench" / "results"
 CLUSTER = parse_hardware("1xH100-80GB,ram=125GB,cores=16")
 THROUGHPUT = (
-    "full-0.5B-accumulation-8", "full-1.5B-accumulation-1", "full-1.5B-accumulation-8",
-    "full-1.5B-accumulation-8-flash", "full-3B-accumulation-8-checkpointed", "lora-7B-accumulation-2",
-    "lora-7B-accumulation-1-checkpointed", "lora-7B-accumulation-1-checkpointed-inside",
+    "25-throughput-full-0.5B-accumulation-8", "25-throughput-full-1.5B-accumulation-1",
+    "25-throughput-full-1.5B-accumulation-8", "25-throughput-full-1.5B-accumulation-8-flash",
+    "25-throughput-full-3B-accumulation-8-checkpointed", "25-throughput-lora-7B-accumulation-2",
+    "25-throughput-lora-7B-accumulation-1-checkpointed", "25-throughput-lora-7B-accumulation-1-checkpointed-inside",
+    "27-throughput-full-0.5B-accumulation-8", "27-throughput-full-1.5B-accumulation-8",
 )  # fmt: skip
 
 
 def read(name: str) -> dict[str, Any]:
-    (path,) = RESULTS.glob(f"2026-11-2?-{name}.json")
-    return dict(json.loads(path.read_text()))
+    return dict(json.loads((RESULTS / f"2026-11-{name}.json").read_text()))
 
 
 def work_of(
@@ -53,12 +54,12 @@ def check(work: Workload, strategy: Strategy, *, peak: int, seconds: float, memo
 
 @pytest.mark.parametrize("name", THROUGHPUT)
 def test_throughput(name: str) -> None:
-    results = read(f"throughput-{name}")
+    results = read(name)
     (ours,) = (one for one in results["results"] if one["spec"]["contender"].startswith("foretune"))
     spec, plan = ours["spec"], ours["plan"]
     lora = spec["method"] == "lora"
     work = work_of(spec["shape"], spec["length"], results, rows=spec["rows"], lora=lora, sums_inside=not lora,
-                   fused_mlp=plan.get("fused_mlp", False))  # fmt: skip
+                   fused_mlp_from=0 if plan.get("fused_mlp") else None)  # fmt: skip
     strategy = Strategy(
         plan["zero_stage"], plan["micro_batch_size_per_gpu"], plan["gradient_accumulation_steps"],
         plan["checkpointed_layers"], loss_chunk_tokens=plan["loss_chunk_tokens"],
@@ -70,7 +71,7 @@ def test_throughput(name: str) -> None:
 @pytest.mark.parametrize("variant", ["kept", "tiled"])
 @pytest.mark.parametrize("length", [32768, 65536])
 def test_long_rows(variant: str, length: int) -> None:
-    results = read("long-rows-1.5B")
+    results = read("25-long-rows-1.5B")
     ours = results["results"][variant]["lengths"][str(length)]
     tiled = variant == "tiled"
     work = work_of("1.5B", length, results, rows=1, sums_inside=not tiled)
@@ -84,7 +85,7 @@ def test_long_rows(variant: str, length: int) -> None:
 @pytest.mark.parametrize("variant", ["bf16", "fp8"])
 def test_eight_bit_floats(variant: str) -> None:
     """Head and embedding added to their sums themselves in both; in a training with fp8 they don't."""
-    results = read("fp8-3B")
+    results = read("25-fp8-3B")
     ours = results["results"][variant]
     work = work_of("3B", 4096, results, rows=8, fp8=variant == "fp8", sums_inside=True)
     seconds = statistics.median(ours["step_seconds"][3:])
