@@ -255,6 +255,7 @@ def run_torch(spec: dict[str, Any]) -> dict[str, Any]:
 
 #: What a kernel's name says it does; the first that matches counts.
 _KINDS = {
+    "softmax of the loss": ("crossentropy", "logsumexp"),
     "attention": ("flash", "fmha", "sdpa", "attention"),
     "matrix products": ("gemm", "nvjet", "cutlass", "xmma", "splitk"),
     "optimizer": ("adam",),

@@ -19,6 +19,8 @@ from typing import Any
 
 import torch
 
+from foretune.model import quack_kernels
+
 #: Where compiled kernels are kept between starts.
 CACHE = Path.home() / ".cache" / "foretune" / "flash-attention-4"
 #: The version that was compared with torch's kernels.
@@ -97,6 +99,7 @@ def _kernels() -> Any:
     # Read when it is imported; a user's own choice is kept.
     os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")
     os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_DIR", str(CACHE))
+    os.environ.setdefault("QUACK_CACHE_DIR", str(quack_kernels.CACHE))  # it is built on QuACK, and imports it
     warnings.filterwarnings("ignore", message="Argument aux_data")  # of its compiler, about its own parts
     try:
         from flash_attn.cute import interface

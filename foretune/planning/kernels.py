@@ -20,9 +20,12 @@ LARGEST_PACKED_HEAD = 256
 FLASH_ATTENTION_4, FLASH_ATTENTION_4_HEADS = "4.0.0b36", (64, 128)
 #: The versions of QuACK and its compiler that are used where they are installed (`foretune.model.quack_kernels`).
 QUACK = {"quack-kernels": "0.6.5", "nvidia-cutlass-dsl": "4.7.1"}
-#: Tokens of a micro-batch from which MLPs are fused unasked: with 16,384 a step is 6 % shorter; with 4,096 (3B) it was
-#: 9 % longer, in a form that kept the host busier.
-FUSED_MLP_TOKENS = 8192
+#: Tokens of a micro-batch from which MLPs are fused unasked: with 16,384 a step of the 1.5B shape is 5 % shorter, the
+#: loss's softmax included; with 4,096 that of the 3B shape was 9 % longer, in a form that kept the host busier.
+FUSED_MLP_TOKENS = 16384
+#: What the first step on a machine takes longer where they are fused (1.5B on an H100: 72 s for 22, FlashAttention-4's
+#: kernels included in both).
+FUSING_SECONDS = 50.0
 #: Widths that its kernels take are multiples of this.
 QUACK_ALIGNMENT = 8
 #: What the first step takes longer where layers are compiled: 12-15 s on an H100 (1.5B), 3 s once it is on disk.
@@ -74,6 +77,11 @@ def has_quack(work: Workload, cluster: Cluster) -> bool:
     """Whether QuACK's kernels can be used: known for this machine alone, where it is probed."""
     card_can = cluster.probed and catalogue.is_hopper(cluster.accelerator.name)
     return card_can and work.precision == "bf16" and _are_installed(QUACK)
+
+
+def has_softmax_in_place(work: Workload, cluster: Cluster) -> bool:
+    """Whether a compiled loss has its softmax of QuACK's: the head is a linear map, and a row of logits is aligned."""
+    return work.shape.plain_head and work.shape.vocab_size % QUACK_ALIGNMENT == 0 and has_quack(work, cluster)
 
 
 def _are_installed(versions: dict[str, str]) -> bool:
@@ -218,15 +226,17 @@ def choose_fused_mlp(config: Config, work: Workload, cluster: Cluster, strategy:
     asked, field = config.plan.fused_mlp, "plan.fused_mlp"
     obstacle = _fusing_obstacle(work, cluster)
     if obstacle is None and not work.compiled:
-        obstacle = "layers are not compiled (plan.compile), and these kernels take as long to compile"
+        obstacle = "layers are not compiled, and a run too short for that is too short for these kernels"
     if obstacle is None and not sums_inside(work, strategy):
         obstacle = NO_SUMS_INSIDE
     if asked is True and obstacle:
         raise UserError(field, asked, obstacle, "remove the key")
     if asked != "auto":
         return Decision(field=field, value=asked, reason="as set", pinned=True)
+    if obstacle is None and work.fused_mlp_from is None:
+        obstacle = f"its kernels take {FUSING_SECONDS:.0f} s to compile, once, and this run would save less"
     if obstacle is None and not fuses_mlp(work, strategy):
-        obstacle = f"not chosen below {FUSED_MLP_TOKENS:,} tokens a micro-batch, where it was not measured to pay"
+        obstacle = f"not chosen below {FUSED_MLP_TOKENS:,} tokens a micro-batch: with 4,096 it was slower"
     if obstacle is not None:
         return Decision(field=field, value=False, reason=obstacle)
     return Decision(

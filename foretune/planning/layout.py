@@ -15,6 +15,7 @@ from foretune.model.shape import ModelShape
 from foretune.planning import mend, search
 from foretune.planning.kernels import (
     COMPILING_SECONDS,
+    FUSING_SECONDS,
     choose_attention,
     choose_compile,
     choose_fp8,
@@ -22,12 +23,12 @@ from foretune.planning.kernels import (
     choose_sum_in_matmul,
     fuses_mlp_from,
     has_flash_attention_4,
-    has_quack,
+    has_softmax_in_place,
     may_sum_in_matmul,
 )
 from foretune.planning.mathematics import DataFacts, decide, workload
 from foretune.planning.search import Candidate
-from foretune.planning.strategy import Strategy, Workload
+from foretune.planning.strategy import Strategy, Workload, fuses_mlp
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,8 @@ def lay_out(config: Config, work: Workload, cluster: Cluster, *, total_steps: in
     summing = may_sum_in_matmul(config, work, cluster, fp8=eight_bits.value)
     fast_attention = attention.value == "packed" and has_flash_attention_4(work, cluster)
     work = replace(work, attention=attention.value, flash_attention_4=fast_attention)
-    work = replace(work, fp8=eight_bits.value, sums_inside=summing, quack=has_quack(work, cluster))
+    work = replace(work, fp8=eight_bits.value, sums_inside=summing)
+    work = replace(work, softmax_in_place=has_softmax_in_place(work, cluster))
     work = replace(work, fused_mlp_from=fuses_mlp_from(config, work, cluster))
     compiling, work, candidates, best = _compiled_or_not(config, work, cluster, total_steps=total_steps)
     chosen = best.strategy
@@ -109,18 +111,34 @@ def _compiled_or_not(
     if best is None:
         raise mend.nothing_fits(config, work, cluster, candidates)
     stage = best.strategy.zero_stage
-    if not compiling.value or compiling.pinned or stage == 3:
+    if not compiling.value or stage == 3:
         compiling = choose_compile(config, cluster, zero_stage=stage)  # refuses compiled layers at ZeRO-3
         return compiling, replace(work, compiled=compiling.value), candidates, best
-    plain = replace(work, compiled=False)
-    plain_candidates, plain_best = _search(config, plain, cluster)
-    if plain_best is None:
-        return compiling, work, candidates, best
-    gain = total_steps * (plain_best.seconds - best.seconds)
-    if gain > COMPILING_SECONDS:
-        return compiling, work, candidates, best
-    reason = f"it takes {COMPILING_SECONDS:.0f} s once and would save {max(gain, 0.0):.1f} s of this run"
-    return decide(compiling.field, False, reason), plain, plain_candidates, plain_best
+    ways = [(work, candidates, best)]
+    if fuses_mlp(work, best.strategy):
+        ways += _way(config, replace(work, fused_mlp_from=None), cluster)
+    if not compiling.pinned:
+        ways += _way(config, replace(work, compiled=False), cluster)
+    whole = [total_steps * one.seconds + _compiling_seconds(did, one) for did, _, one in ways]
+    number = max(range(len(ways)), key=lambda index: (-whole[index], index))  # of equals the one with less to compile
+    work, candidates, chosen = ways[number]
+    if not work.compiled:
+        gain = total_steps * (chosen.seconds - ways[-2][2].seconds)
+        reason = f"it takes {COMPILING_SECONDS:.0f} s once and would save {max(gain, 0.0):.1f} s of this run"
+        compiling = decide(compiling.field, False, reason)
+    return compiling, work, candidates, chosen
+
+
+def _way(config: Config, work: Workload, cluster: Cluster) -> list[tuple[Workload, list[Candidate], Candidate]]:
+    """The work, its candidates and its winner; nothing where none is left."""
+    candidates, best = _search(config, work, cluster)
+    return [] if best is None else [(work, candidates, best)]
+
+
+def _compiling_seconds(work: Workload, best: Candidate) -> float:
+    """What the first step takes longer, once on a machine."""
+    fused = fuses_mlp(work, best.strategy)
+    return (COMPILING_SECONDS if work.compiled else 0.0) + (FUSING_SECONDS if fused else 0.0)
 
 
 def _search(config: Config, work: Workload, cluster: Cluster) -> tuple[list[Candidate], Candidate | None]:

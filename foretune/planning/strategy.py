@@ -35,7 +35,7 @@ class Workload:
     equal_documents: bool = False  # all of one length: attention is a batch, for faster kernels
     attention: Literal["packed", "sdpa"] = "sdpa"  # packed: the kernel knows where documents end, so there is no mask
     flash_attention_4: bool = False  # packed attention is computed by it
-    quack: bool = False  # where it is compiled, the softmax of the loss is QuACK's
+    softmax_in_place: bool = False  # where it is compiled, the loss writes its gradient over the logits (QuACK)
     fused_mlp_from: int | None = None  # tokens of a micro-batch from which SwiGLU is inside the MLP's products
     fp8: bool = False  # the layers' linear maps multiply in 8-bit floats
     sums_inside: bool = False  # a GPU's products add to fp32 sums where these are apart from 16-bit gradients
@@ -135,7 +135,7 @@ def sums_inside(work: Workload, strategy: Strategy) -> bool:
 def fuses_mlp(work: Workload, strategy: Strategy) -> bool:
     """Whether MLPs compute their activation inside their products (`foretune.model.gated_mlp`).
 
-    Only where layers are compiled: a run too short for that is too short to compile these products.
+    Only where layers are compiled: a run that is too short to pay for that does not pay for these kernels either.
     """
     least, tokens = work.fused_mlp_from, strategy.micro_batch_size * work.max_length
     return least is not None and tokens >= least and work.compiled and sums_inside(work, strategy)

@@ -9,8 +9,9 @@ import torch
 from foretune.engine import DeepSpeedEngine
 from foretune.errors import UserError
 from foretune.events import EventKind, Journal
-from foretune.model import attention, compilation, fp8
+from foretune.model import attention, compilation, fp8, quack_kernels
 from foretune.model.gated_mlp import fuse_mlps
+from foretune.model.layers import decoder_layers
 from foretune.model.weight_sums import sum_inside
 from foretune.training.assignment import Assignment
 from foretune.training.loop import StepReport
@@ -47,8 +48,15 @@ def apply_weight_sums(assignment: Assignment, model: Any, engine: DeepSpeedEngin
     if not assignment.plan.sum_in_matmul or assignment.plan.mlp_tile_rows:
         return
     sum_inside(model, engine.gradient_sums)
-    if assignment.plan.fused_mlp and not fuse_mlps(model):
-        assignment.tell(EventKind.NOTE, message="MLPs are not fused: this model's compute something else than SwiGLU")
+    if not assignment.plan.fused_mlp:
+        return
+    reason = quack_kernels.refusal(engine.device)
+    if reason is None:
+        layers = len(decoder_layers(model))
+        if (left := layers - fuse_mlps(model)) > 0:
+            reason = f"{left} of {layers} compute something else than SwiGLU, or not all of their weights are trained"
+    if reason is not None:
+        assignment.tell(EventKind.NOTE, message=f"MLPs take more memory and time than planned: {reason}")
 
 
 def may_compile(assignment: Assignment, device: torch.device) -> bool:

@@ -16,6 +16,7 @@ from foretune.config.schema import TrainConfig
 from foretune.data import open_loader
 from foretune.distributed import die_with_parent, leave, rank_info
 from foretune.engine import DeepSpeedEngine, build_optimizer, close_group, open_group, partitioned_loading
+from foretune.model.gated_mlp import fuse_mlps
 from foretune.model.loading import load_model
 from foretune.model.loss import attach_loss
 from foretune.model.weight_sums import sum_inside
@@ -93,6 +94,8 @@ def run_case(
         "losses": [report.loss for report in reports],
         "grad_norms": [report.grad_norm for report in reports],
         "weights": weights,
+        # In DeepSpeed's own buffers, of all ranks; where weights and sums lie side by side.
+        "fusable_mlps": fuse_mlps(model) if as_on_gpu else 0,
     }
 
 

@@ -163,21 +163,16 @@ def logit_bytes(work: Workload, strategy: Strategy) -> int:
     b = work.parameter_bytes
     earlier = b if strategy.micro_batch_size * work.max_length > strategy.loss_chunk_tokens else 0
     if is_compiled(work, strategy):
-        return (b if softmax_in_place(work) else 2 * b) + earlier
+        return (b if work.softmax_in_place else 2 * b) + earlier
     return (8 if b == 4 else 8 + b) + earlier
 
 
-def softmax_in_place(work: Workload) -> bool:
-    """Whether a compiled loss has its softmax of QuACK's, which takes rows of a multiple of 16 bytes."""
-    return work.quack and work.shape.vocab_size % 8 == 0
-
-
-def added_bytes_per_logit(work: Workload) -> int:
+def added_bytes_per_logit(work: Workload, strategy: Strategy) -> int:
     """Bytes per logit of a chunk while its share of the head's gradient is added: logits and gradient, or both in one.
 
     In fp32 they are one, and where the softmax is computed in place.
     """
-    one = work.parameter_bytes == 4 or (work.compiled and softmax_in_place(work))
+    one = work.parameter_bytes == 4 or (work.softmax_in_place and is_compiled(work, strategy))
     return work.parameter_bytes if one else 2 * work.parameter_bytes
 
 
@@ -201,7 +196,7 @@ def loss_bytes(work: Workload, strategy: Strategy, *, summed: bool = False) -> i
     head = own_head_gradient(work, summed=summed)
     logits, adding = (
         logit_bytes(work, strategy) * chunk + 4 * head,
-        added_bytes_per_logit(work) * chunk + (4 + b) * head,
+        added_bytes_per_logit(work, strategy) * chunk + (4 + b) * head,
     )
     return max(logits, adding) + tokens * b * shape.hidden_size
 

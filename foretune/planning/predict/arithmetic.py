@@ -216,7 +216,7 @@ def _loss(phase: str, work: Workload, strategy: Strategy) -> Iterator[Derivation
             yield line("b·T·h + …", f"{b} · {tokens:,} · {h}", value, "gradient of the hidden states, as it is scaled")
         return
     per_logit, chunk = activations.logit_bytes(work, strategy), min(strategy.loss_chunk_tokens, tokens)
-    added = activations.added_bytes_per_logit(work)
+    added = activations.added_bytes_per_logit(work, strategy)
     if per_logit * chunk * vocabulary + 4 * head < added * chunk * vocabulary + (4 + b) * head:
         per_logit = added
         if head:

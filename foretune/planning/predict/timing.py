@@ -21,7 +21,6 @@ from foretune.planning.predict.activations import (
     layer_bytes_per_token,
     makes_again,
     recomputes_inside,
-    softmax_in_place,
 )
 from foretune.planning.predict.eager import eager_costs
 from foretune.planning.predict.memory import reduced_at_step
@@ -250,7 +249,7 @@ def _traffic(work: Workload, strategy: Strategy, cluster: Cluster) -> float:
         owned -= shape.vocab_size * shape.hidden_size * tables
     traffic += (strategy.accumulation_steps - 1) * (b + 2 * work.gradient_bytes) * owned
     per_logit = COMPILED_LOGIT_BYTES if compiled else LOGIT_BYTES
-    if compiled and softmax_in_place(work):
+    if compiled and work.softmax_in_place:
         per_logit -= SAVED_LOGIT_BYTES
     traffic += tokens * per_logit * shape.vocab_size
     if not work.lora_rank and shape.plain_head:

@@ -188,6 +188,8 @@ def _layouts_with_kernels(config: Config, work: Workload, cluster: Cluster) -> I
     for one in _layouts(config, work, cluster):
         if True in (config.plan.sum_in_matmul, config.plan.fused_mlp) and not sums_apart(work, one):
             continue
+        if config.plan.fused_mlp is True and not work.compiled:
+            continue
         layout = one.but(mlp_tile_rows=0 if pinned_rows == "auto" else pinned_rows)
         if config.plan.keep_attention is True:
             layout = layout.but(keep_attention=True)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, Gemma2Config, GPTNeoXConfig, LlamaConfig, Qwen2Config, Qwen3Config
 
+from foretune.model import gated_mlp, quack_kernels
 from foretune.model.compilation import compile_layers, compiled_graphs
 from foretune.model.gated_mlp import fuse_mlps
 from foretune.model.loading import checkpoint_layers
@@ -110,6 +111,34 @@ def test_compiled_layers_take_it_as_it_is(checkpointed: int) -> None:
     assert graphs[0] == graphs[1] > 0
     assert runs[1][0] == pytest.approx(runs[0][0], rel=1e-6)
     assert_close(runs[1][1], runs[0][1], 2e-6)
+
+
+def test_the_kernels_get_what_they_need(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a device that they take: stand-ins that compute the same in torch. The first sum of a step overwrites."""
+    overwritten: list[bool] = []
+
+    def add(total: torch.Tensor, d_before: torch.Tensor, hidden: torch.Tensor, *, overwrite: bool) -> None:
+        overwritten.append(overwrite)
+        product = gated_mlp._apart(d_before).T @ hidden
+        total.copy_(product) if overwrite else total.add_(product)
+
+    plain = trained(FAMILIES["llama"], fused=True, dtype=torch.float32)
+    stand_ins = {
+        "takes": lambda tensor: True,
+        "gated": lambda hidden, joined: (
+            before := gated_mlp._interleaved(hidden @ joined.T),
+            gated_mlp._swiglu(before),
+        ),
+        "gated_backward": gated_mlp._gated_backward,
+        "add_joined_gradient": add,
+        "hidden_gradient": lambda d_before, joined: gated_mlp._apart(d_before) @ joined,
+    }
+    for name, stand_in in stand_ins.items():
+        monkeypatch.setattr(quack_kernels, name, stand_in)
+    losses, totals = trained(FAMILIES["llama"], fused=True, dtype=torch.float32)
+    assert losses == plain[0]
+    assert_close(totals, plain[1], 0.0)
+    assert overwritten == [True] * LAYERS + [False] * LAYERS
 
 
 @pytest.mark.parametrize("family", OTHERS)

@@ -1,7 +1,9 @@
 """QuACK: the versions that are known are used where they can be imported; nothing else that is there breaks."""
 
+import logging
 import sys
 from collections.abc import Iterator
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -11,12 +13,22 @@ from foretune.model import quack_kernels
 
 
 @pytest.fixture(autouse=True)
-def _looked_for_anew() -> Iterator[None]:
+def _looked_for_anew(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """As on a machine without it, whatever this one has; afterwards as before."""
+    monkeypatch.setattr(logging.Logger, "__quack_semantic_key__", None, raising=False)
+    before = {name: module for name, module in sys.modules.items() if name.split(".")[0] == "quack"}
+    for name in before:
+        del sys.modules[name]
     quack_kernels._kernels.cache_clear()
     yield
     quack_kernels._kernels.cache_clear()
     for name in [name for name in sys.modules if name.split(".")[0] == "quack"]:
         del sys.modules[name]
+    sys.modules.update(before)
+
+
+def missing(name: str) -> str:
+    raise metadata.PackageNotFoundError(name)
 
 
 def installed(folder: Path, monkeypatch: pytest.MonkeyPatch, versions: dict[str, str], *, package: str = "") -> None:
@@ -33,7 +45,8 @@ def installed(folder: Path, monkeypatch: pytest.MonkeyPatch, versions: dict[str,
     monkeypatch.syspath_prepend(str(folder))
 
 
-def test_it_is_not_there() -> None:
+def test_it_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metadata, "version", missing)
     assert quack_kernels._kernels() is None
     assert not quack_kernels.takes(torch.zeros(8, 8, dtype=torch.bfloat16))
 

@@ -95,14 +95,15 @@ def _quack(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("_quack")
 def test_mlps_are_fused_where_quack_is_and_sums_are_inside(monkeypatch: pytest.MonkeyPatch) -> None:
     """And the plan knows what it saves: time; the MLP's product; the second copy of a chunk's logits."""
-    made = with_quack("1xH100-80GB")
-    apart = with_quack("1xH100-80GB", "plan.fused_mlp=false")
+    rows = "plan.micro_batch_size_per_gpu=4"
+    made = with_quack("1xH100-80GB", rows)
+    apart = with_quack("1xH100-80GB", rows, "plan.fused_mlp=false")
     assert (made.fused_mlp, made.sum_in_matmul, apart.fused_mlp) == (True, True, False)
     assert "QuACK" in reason_of(made, "plan.fused_mlp")
     assert made.predicted.step_seconds < 0.97 * apart.predicted.step_seconds
     assert made.predicted.gpu_memory_bytes < apart.predicted.gpu_memory_bytes
     monkeypatch.setattr(kernels, "QUACK", {"quack-kernels": "0"})
-    without = with_quack("1xH100-80GB")
+    without = with_quack("1xH100-80GB", rows)
     assert not without.fused_mlp
     assert "flash extra" in reason_of(without, "plan.fused_mlp")
     assert apart.predicted.step_seconds < without.predicted.step_seconds  # the softmax of the loss
@@ -136,8 +137,22 @@ def test_mlps_of_small_micro_batches_are_fused_if_asked() -> None:
     small = ["plan.micro_batch_size_per_gpu=1", "plan.checkpointed_layers=0"]
     made = with_quack("1xH100-80GB", *small)
     assert not made.fused_mlp
-    assert "8,192 tokens" in reason_of(made, "plan.fused_mlp")
+    assert "16,384 tokens" in reason_of(made, "plan.fused_mlp")
     assert with_quack("1xH100-80GB", *small, "plan.fused_mlp=true").fused_mlp
+
+
+@pytest.mark.usefixtures("_quack")
+def test_runs_too_short_for_these_kernels_go_without() -> None:
+    """50 s to compile them, once, beside 15 s for the layers; what is asked for is done."""
+    long, short = with_quack("1xH100-80GB"), with_quack("1xH100-80GB", "train.max_steps=200")
+    shortest = with_quack("1xH100-80GB", "train.max_steps=5")
+    assert (long.compile_layers, long.fused_mlp) == (True, True)
+    assert (short.compile_layers, short.fused_mlp) == (True, False)
+    assert "50 s to compile" in reason_of(short, "plan.fused_mlp")
+    assert (shortest.compile_layers, shortest.fused_mlp) == (False, False)
+    assert "too short" in reason_of(shortest, "plan.fused_mlp")
+    asked = with_quack("1xH100-80GB", "train.max_steps=5", "plan.fused_mlp=true")
+    assert (asked.compile_layers, asked.fused_mlp) == (True, True)
 
 
 @pytest.mark.usefixtures("_quack")

@@ -41,7 +41,7 @@ def work_of(
         accumulation_dtype="fp32", optimizer_state_bytes=8, max_length=length, row_length=length, rows=rows,
         document_length=length, packing=True, equal_documents=True, attention="packed", compiled=True,
         flash_attention_4="flash-attn-4" in result["machine"]["versions"],
-        quack="quack-kernels" in result["machine"]["versions"], **kernels,
+        softmax_in_place="quack-kernels" in result["machine"]["versions"], **kernels,
     )  # fmt: skip
 
 

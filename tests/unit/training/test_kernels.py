@@ -30,16 +30,30 @@ def test_attention_that_is_not_packed_is_not_kept(packed: bool, monkeypatch: pyt
     assert asked == {"recompute_pointwise": True, "keep_attention": packed}
 
 
-@pytest.mark.parametrize(("planned", "tiles", "fused"), [(True, 0, True), (False, 0, False), (True, 512, False)])
-def test_mlps_are_fused_as_planned(planned: bool, tiles: int, fused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Over sums inside products; a model whose MLPs are something else is left as it is, and the run says so."""
+@pytest.mark.parametrize(
+    ("planned", "tiles", "refusal", "fused", "told"),
+    [
+        (True, 0, None, 3, ""),
+        (True, 0, None, 2, "1 of 3 compute something else"),
+        (True, 0, "not installed", 0, "not installed"),
+        (False, 0, None, 0, ""),
+        (True, 512, None, 0, ""),
+    ],
+)
+def test_mlps_are_fused_as_planned(
+    monkeypatch: pytest.MonkeyPatch, *, planned: bool, tiles: int, refusal: str | None, fused: int, told: str
+) -> None:
+    """Over sums inside products; where it cannot be, or not of all layers, the run says so."""
     calls: list[str] = []
     monkeypatch.setattr(kernels, "sum_inside", lambda model, sums: calls.append("sums"))
-    monkeypatch.setattr(kernels, "fuse_mlps", lambda model: calls.append("mlps") or 0)
-    told: list[str] = []
+    monkeypatch.setattr(kernels, "decoder_layers", lambda model: [None] * 3)
+    monkeypatch.setattr(kernels, "fuse_mlps", lambda model: calls.append("mlps") or fused)
+    monkeypatch.setattr(kernels.quack_kernels, "refusal", lambda device: refusal)
+    notes: list[str] = []
     plan = SimpleNamespace(sum_in_matmul=True, mlp_tile_rows=tiles, fused_mlp=planned)
-    assignment: Any = SimpleNamespace(plan=plan, tell=lambda kind, message: told.append(message))
-    engine: Any = SimpleNamespace(gradient_sums={})
+    assignment: Any = SimpleNamespace(plan=plan, tell=lambda kind, message: notes.append(message))
+    engine: Any = SimpleNamespace(gradient_sums={}, device=torch.device("cpu"))
     apply_weight_sums(assignment, None, engine)
-    assert calls == ([] if tiles else ["sums", "mlps"] if fused else ["sums"])
-    assert len(told) == fused
+    assert calls == ([] if tiles else ["sums", "mlps"] if planned and refusal is None else ["sums"])
+    assert len(notes) == bool(told)
+    assert told in "".join(notes)
