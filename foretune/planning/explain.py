@@ -7,7 +7,7 @@ from dataclasses import replace
 from foretune.artifacts import Alternative, Cluster, Decision, Prediction
 from foretune.config import Config
 from foretune.planning.predict import activations, host, memory
-from foretune.planning.predict.timing import starting_seconds
+from foretune.planning.predict.updating import starting_seconds
 from foretune.planning.search import EQUALLY_FAST, Candidate, best_of_families, family_of
 from foretune.planning.search.pins import eight_bits_obstacle, keeping_obstacle, recomputing_obstacle
 from foretune.planning.search.space import may_have_bf16_states

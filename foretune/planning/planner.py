@@ -20,7 +20,8 @@ from foretune.planning.mathematics import DataEstimate, DataFacts, Mathematics, 
 from foretune.planning.predict import host
 from foretune.planning.predict.arithmetic import derivations
 from foretune.planning.predict.calibration import Calibration
-from foretune.planning.predict.timing import flops_per_row, starting_seconds
+from foretune.planning.predict.timing import flops_per_row
+from foretune.planning.predict.updating import starting_seconds
 from foretune.planning.search import Candidate
 from foretune.planning.shapes import known_shape, nearest_names
 from foretune.planning.strategy import Strategy, Workload, gib

@@ -24,6 +24,7 @@ from foretune.planning.predict.activations import (
 )
 from foretune.planning.predict.eager import eager_costs
 from foretune.planning.predict.memory import reduced_at_step
+from foretune.planning.predict.updating import bandwidth, update_seconds
 from foretune.planning.strategy import Strategy, Workload, fuses_mlp, sums_apart, sums_inside
 
 #: The constants that carry "fitted" were fitted to 23 runs of the 0.5B, 1.5B, GPT-2 and GPT-2 XL shapes on one H100
@@ -50,18 +51,10 @@ MASKED_ATTENTION_SHARE = 0.25
 FP32_GPU_SHARE = 1 / 8
 #: bf16 on a CPU that has no instructions for it, against fp32.
 EMULATED_BF16_SLOWDOWN = 20.0
-#: Of the data sheet's memory bandwidth, what kernels of a layer's size reach (fitted).
-BANDWIDTH_SHARE = 0.62
 #: Times that a compiled layer's saved activations pass through memory: written, read, and their gradients (fitted).
 COMPILED_PASSES = 3.2
 #: Bytes of memory traffic per logit (fitted): eager, some ten kernels in fp32; compiled, written, read twice, written.
 LOGIT_BYTES, COMPILED_LOGIT_BYTES = 40.0, 8.9
-#: Bytes of memory traffic per trained parameter in a fused Adam step with its norm, casts and ZeRO's copies (fitted).
-OPTIMIZER_BYTES = 38.0
-#: The same on a CPU, where the norm is computed in fp64.
-CPU_OPTIMIZER_BYTES = 80.0
-#: The same where moments have 8 bits. Compiled: 0.19 s for 7.6e9 on an H100; eager: counted, not measured.
-EIGHT_BIT_OPTIMIZER_BYTES = {"compiled": 50.0, "eager": 180.0}
 #: Bytes that a dispatched adapter moves for each element of its linear's input and output where it is not fused.
 ADAPTER_INPUT_BYTES, ADAPTER_OUTPUT_BYTES = 6.0, 12.0
 #: The same of a compiled layer (7B, H100: a ninth of a step's kernels are products of rank 16 and what is added to).
@@ -82,24 +75,14 @@ SUM_SECONDS, BUCKET_SECONDS, UNFUSED_SECONDS = 9e-5, 2.6e-4, 4.6e-4
 ADDING_CALLS = 2
 #: Of a parameter at ZeRO-3, both ways (fitted): fetched and released, or kept whole and only asked for.
 FETCH_SECONDS, KEPT_SECONDS = 1.7e-3, 1.4e-3
-#: Of a micro-batch outside of the layers, and of an optimizer step: DeepSpeed's Python, waiting for the norm (fitted).
+#: Of a micro-batch outside of the layers: DeepSpeed's Python (fitted).
 MICRO_BATCH_SECONDS = {"cuda": 0.010, "cpu": 1e-3}
-STEP_SECONDS = {"cuda": 0.0175, "cpu": 1e-3}
 #: What a recomputed layer adds to calls, and to the parameters that ZeRO-3 fetches: one more forward pass.
 RECOMPUTED_CALLS, RECOMPUTED_FETCHES = 1 / 3, 1 / 2
 #: Calls of one tile of an MLP: forward, forward again, backward, sums.
 TILE_CALLS = 50
 #: How closely the device's and the host's time overlap: the larger of both, and more where they are close.
 OVERLAP = 8.0
-#: CPU Adam: trained parameters per second and core. torch's at stages 1 and 2 took 0.6 s for 1.5e9 on 16 cores,
-#: DeepSpeed's in sub-groups at stage 3 4-5 s for 5.3e9.
-CPU_ADAM_PER_CORE = {"whole": 160e6, "sub-groups": 75e6}
-#: Of the host's link, what streamed states reach each way, both at once: 77.7 GB up and down in 1.81 s, PCIe 5 (7B).
-STREAMED_LINK_SHARE = 0.95
-#: Bytes per second that a machine's memory gives to all ranks' links together; assumed, one rank does not reach it.
-HOST_MEMORY_BANDWIDTH = 200e9
-#: Bytes per second at which a rank page-locks what is streamed, once, in its first step (measured: 77.7 GB in 25 s).
-PAGE_LOCKING = 3.1e9
 #: Seconds to start one collective.
 COLLECTIVE_LATENCY = {"cuda": 3e-5, "cpu": 1e-3}
 #: A strategy whose layers keep what backward needs.
@@ -197,11 +180,11 @@ def step_time(work: Workload, strategy: Strategy, cluster: Cluster) -> StepTime:
     attention_rate = peak * _attention_share(work)
     compute += rows * _tiled_flops_per_row(work, strategy) / rate
     compute += rows * attention_flops_per_row(work, strategy) / attention_rate
-    memory_bound = _traffic(work, strategy, cluster) / _bandwidth(cluster)
+    memory_bound = _traffic(work, strategy, cluster) / bandwidth(cluster)
     device, host = compute + memory_bound, _host_seconds(work, strategy, cluster)
     larger = max(device, host)
     compute += larger * ((device / larger) ** OVERLAP + (host / larger) ** OVERLAP) ** (1 / OVERLAP) - device
-    offload, optimizer = _update(work, strategy, cluster)
+    offload, optimizer = update_seconds(work, strategy, cluster)
     time = StepTime(compute, memory_bound, _communication(work, strategy, cluster), offload, optimizer)
     return time.scaled(work.pace[strategy.zero_stage == 3])
 
@@ -343,67 +326,3 @@ def _communication(work: Workload, strategy: Strategy, cluster: Cluster) -> floa
         volume = steps * (2 * b * work.parameters * share + gradients)
         collectives = steps * 3 * work.shape.num_layers
     return volume / link + collectives * COLLECTIVE_LATENCY[cluster.accelerator.kind]
-
-
-def _update(work: Workload, strategy: Strategy, cluster: Cluster) -> tuple[float, float]:
-    """(offload, optimizer): seconds on the host's link and in the host's Adam, and of the step on the device."""
-    accelerator = cluster.accelerator
-    stage = strategy.zero_stage
-    shard = work.trainable / (cluster.world_size if stage else 1)
-    if accelerator.kind == "cpu":
-        each = EIGHT_BIT_OPTIMIZER_BYTES["eager"] if strategy.optimizer_dtype == "8bit" else CPU_OPTIMIZER_BYTES
-        return 0.0, shard * each / accelerator.memory_bandwidth + STEP_SECONDS["cpu"]
-    moved = strategy.offload_optimizer * shard
-    bandwidth = _bandwidth(cluster)
-    if strategy.streamed:
-        return _streaming(work, strategy, cluster, moved), shard * OPTIMIZER_BYTES / bandwidth + STEP_SECONDS["cuda"]
-    each = OPTIMIZER_BYTES
-    if strategy.optimizer_dtype == "8bit":
-        each = EIGHT_BIT_OPTIMIZER_BYTES["compiled" if work.compiled else "eager"]
-    on_device = (shard - moved) * each / bandwidth + STEP_SECONDS["cuda"]
-    cores = max(1.0, cluster.cores_per_node / cluster.devices_per_node)
-    offload = moved / (CPU_ADAM_PER_CORE["sub-groups" if stage == 3 else "whole"] * cores)
-    # Gradients go to the host at every micro-batch, updated weights come back once.
-    offload += (
-        moved * (work.gradient_bytes * strategy.accumulation_steps + work.parameter_bytes) / cluster.host_link_bandwidth
-    )
-    if strategy.offload_param:
-        offload += (
-            3
-            * strategy.accumulation_steps
-            * work.parameter_bytes
-            * work.parameters
-            / cluster.world_size
-            / cluster.host_link_bandwidth
-        )
-    if strategy.nvme:
-        offload += _nvme_seconds(work, strategy, cluster, moved)
-    return offload, on_device
-
-
-def _streaming(work: Workload, strategy: Strategy, cluster: Cluster, moved: float) -> float:
-    """Seconds of streaming beyond those of the device's Adam, which goes on meanwhile; ranks share a host's memory."""
-    shared = HOST_MEMORY_BANDWIDTH / (2 * cluster.devices_per_node)
-    travel = strategy.state_bytes(work) * moved / min(STREAMED_LINK_SHARE * cluster.host_link_bandwidth, shared)
-    return max(0.0, travel - work.trainable / cluster.world_size * OPTIMIZER_BYTES / _bandwidth(cluster))
-
-
-def starting_seconds(work: Workload, strategy: Strategy, cluster: Cluster) -> float:
-    """What the first step takes longer, beside compiling: the pages of streamed states are locked."""
-    if not strategy.streamed:
-        return 0.0
-    shard = work.trainable / cluster.world_size
-    return strategy.state_bytes(work) * strategy.offload_optimizer * shard / PAGE_LOCKING
-
-
-def _bandwidth(cluster: Cluster) -> float:
-    """Bytes per second of a device's memory as kernels of a layer's size reach it."""
-    return BANDWIDTH_SHARE * cluster.accelerator.memory_bandwidth
-
-
-def _nvme_seconds(work: Workload, strategy: Strategy, cluster: Cluster, moved: float) -> float:
-    """States are read and written once a step, parameters read three times a micro-batch; a node's ranks share it."""
-    optimizer = 2 * strategy.state_bytes(work) * moved
-    share = work.parameters / cluster.world_size if strategy.offload_param else 0.0
-    parameters = 3 * strategy.accumulation_steps * work.parameter_bytes * share
-    return (optimizer + parameters) * cluster.devices_per_node / cluster.disk_bandwidth

@@ -16,7 +16,7 @@ from foretune.errors import UserError
 from foretune.planning import after_out_of_memory, make_plan, parse_hardware
 from foretune.planning.layout import work_and_strategy
 from foretune.planning.planner import shape_for
-from foretune.planning.predict import host, memory, timing
+from foretune.planning.predict import host, memory, timing, updating
 from foretune.planning.search import evaluate
 
 MakeConfig = Callable[..., Config]
@@ -93,7 +93,7 @@ def test_memory_and_time_as_measured(config_of: MakeConfig) -> None:
     time = timing.step_time(work, strategy, cluster)
     assert time.offload + time.optimizer == pytest.approx(1.828, rel=0.03)
     assert time.total == pytest.approx(8.33, rel=0.05)
-    assert timing.starting_seconds(work, strategy, cluster) == pytest.approx(26.7 - 1.8, rel=0.05)
+    assert updating.starting_seconds(work, strategy, cluster) == pytest.approx(26.7 - 1.8, rel=0.05)
 
 
 def test_the_planner_knows_the_engines_pieces() -> None:

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from foretune.planning import parse_hardware
-from foretune.planning.predict import timing
+from foretune.planning.predict import timing, updating
 from foretune.planning.predict.timing import attention_flops_per_row, flops_per_row, step_time
 from foretune.planning.shapes import known_shape
 from foretune.planning.strategy import Strategy, Workload
@@ -57,7 +57,7 @@ def test_the_partial_offload_on_record_where_nothing_else_is_slow() -> None:
     cluster = parse_hardware("1xH100-80GB,ram=125GB,cores=16")
     work = replace(work_of("qwen2.5-7b"), compiled=True)
     layers = step_time(work, Strategy(1, 4, 4, 28), cluster)
-    stepping = 0.7 * work.trainable / (timing.CPU_ADAM_PER_CORE["sub-groups"] * 16)
+    stepping = 0.7 * work.trainable / (updating.CPU_ADAM_PER_CORE["sub-groups"] * 16)
     assert 16 * 4096 / (computing(layers) + stepping) == pytest.approx(6_003, rel=0.05)
 
 
