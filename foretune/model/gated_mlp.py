@@ -154,10 +154,7 @@ def fuse_mlps(model: Any) -> int:
         if type(mlp) not in formulas:
             formulas[type(mlp)] = _is_the_formula(mlp)
         gate, up = mlp.gate_proj, mlp.up_proj
-        joined, total = (
-            _joined(gate.weight, up.weight),
-            _joined(gate.gradient_total, up.gradient_total),
-        )
+        joined, total = _joined(gate.weight, up.weight), _joined(gate.gradient_total, up.gradient_total)
         if formulas[type(mlp)] and joined is not None and total is not None:
             mlp.joined_weight, mlp.joined_total = joined, total
             mlp.forward = MethodType(_fused(mlp.forward), mlp)
