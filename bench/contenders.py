@@ -178,20 +178,20 @@ def run_foretune(spec: dict[str, Any]) -> dict[str, Any]:
 
 
 def wide_copy(weights: list[torch.nn.Parameter]) -> tuple[torch.Tensor, dict[Any, Any], torch.Tensor]:
-    """(flat fp32 master weights, whose gradient is the flat sum; each weight's sum; which sums have something)."""
-    from foretune.model.weight_sums import GradientSum, sums_over
+    """(flat fp32 master weights, whose gradient is the flat sum; each weight's sum; which sums have something).
 
-    master = torch.cat([p.detach().reshape(-1) for p in weights]).float()
+    The weights come to lie side by side, as ZeRO-1 has them.
+    """
+    from foretune.model.weight_sums import sums_over
+
+    flat, sizes = torch.cat([p.detach().reshape(-1) for p in weights]), [p.numel() for p in weights]
+    for weight, piece in zip(weights, flat.split(sizes), strict=True):
+        weight.data = piece.view(weight.shape)
+    master = flat.to(torch.float32, copy=True)
     master.grad = torch.zeros_like(master)
-    totals, filled = sums_over(weights, master.grad.split([p.numel() for p in weights]))
+    totals, filled = sums_over(weights, master.grad.split(sizes))
     for weight, into in zip(weights, totals, strict=True):
-
-        def add(parameter: torch.Tensor, into: GradientSum = into) -> None:
-            if parameter.grad is not None:
-                into.add(parameter.grad)
-                parameter.grad = None
-
-        weight.register_post_accumulate_grad_hook(add)
+        weight.register_post_accumulate_grad_hook(into.take)
     return master, dict(zip(weights, totals, strict=True)), filled
 
 
@@ -205,6 +205,7 @@ def run_torch(spec: dict[str, Any]) -> dict[str, Any]:
     from foretune.model.attention import use_packed_attention
     from foretune.model.compilation import compile_layers
     from foretune.model.gated_mlp import fuse_mlps
+    from foretune.model.layers import decoder_layers
     from foretune.model.loss import attach_loss
     from foretune.model.weight_sums import sum_inside
     from foretune.training.objective import to_device
@@ -224,7 +225,7 @@ def run_torch(spec: dict[str, Any]) -> dict[str, Any]:
     if plan.sum_in_matmul:
         sum_inside(model, sums)
     if plan.fused_mlp:
-        fuse_mlps(model)
+        assert fuse_mlps(model) == len(decoder_layers(model)), "kernels are not the same"
     if plan.compile_layers:
         compile_layers(model, recompute_pointwise=plan.recompute_pointwise, keep_attention=plan.keep_attention)
     train = config.train

@@ -99,7 +99,7 @@ def _kernels() -> Any:
     # Read when it is imported; a user's own choice is kept.
     os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")
     os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_DIR", str(CACHE))
-    os.environ.setdefault("QUACK_CACHE_DIR", str(quack_kernels.CACHE))  # it is built on QuACK, and imports it
+    quack_kernels.keep_compiled()  # it is built on QuACK, and imports it
     warnings.filterwarnings("ignore", message="Argument aux_data")  # of its compiler, about its own parts
     try:
         from flash_attn.cute import interface

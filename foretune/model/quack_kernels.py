@@ -30,6 +30,11 @@ VERSIONS = {"quack-kernels": "0.6.5", "nvidia-cutlass-dsl": "4.7.1"}
 ALIGNMENT = 8
 
 
+def keep_compiled() -> None:
+    """Say where compiled kernels are kept. It is read when quack is imported; a user's own choice stays."""
+    os.environ.setdefault("QUACK_CACHE_DIR", str(CACHE))
+
+
 def takes(tensor: torch.Tensor) -> bool:
     """Whether it computes this [.., n]: installed, Hopper, bfloat16, rows that the copy engine can take."""
     known = tensor.is_cuda and tensor.dtype == torch.bfloat16 and tensor.shape[-1] % ALIGNMENT == 0
@@ -101,7 +106,7 @@ def _kernels() -> Any:
     if versions != VERSIONS:
         warnings.warn(f"{_named(versions)} is not used: {_named(VERSIONS)} is known", stacklevel=2)
         return None
-    os.environ.setdefault("QUACK_CACHE_DIR", str(CACHE))  # read when it is imported; a user's own choice is kept
+    keep_compiled()
     try:
         from quack import gemm_config, gemm_interface
         from quack.cross_entropy import cross_entropy_fwd_out

@@ -20,14 +20,14 @@ LARGEST_PACKED_HEAD = 256
 FLASH_ATTENTION_4, FLASH_ATTENTION_4_HEADS = "4.0.0b36", (64, 128)
 #: The versions of QuACK and its compiler that are used where they are installed (`foretune.model.quack_kernels`).
 QUACK = {"quack-kernels": "0.6.5", "nvidia-cutlass-dsl": "4.7.1"}
+#: Widths that its kernels take are multiples of this.
+QUACK_ALIGNMENT = 8
 #: Tokens of a micro-batch from which MLPs are fused unasked: with 16,384 a step of the 1.5B shape is 5 % shorter, the
 #: loss's softmax included; with 4,096 that of the 3B shape was 9 % longer, in a form that kept the host busier.
 FUSED_MLP_TOKENS = 16384
 #: What the first step on a machine takes longer where they are fused (1.5B on an H100: 72 s for 22, FlashAttention-4's
 #: kernels included in both).
 FUSING_SECONDS = 50.0
-#: Widths that its kernels take are multiples of this.
-QUACK_ALIGNMENT = 8
 #: What the first step takes longer where layers are compiled: 12-15 s on an H100 (1.5B), 3 s once it is on disk.
 COMPILING_SECONDS = 15.0
 NO_SUMS_APART = "gradients have no fp32 sums of their own here, as they have at ZeRO-1 with bf16"

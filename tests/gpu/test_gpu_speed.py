@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+from zero_1_buffers import sums_of
 
 from foretune.artifacts import IGNORE_INDEX
 from foretune.config.schema import LoraConfig
@@ -27,7 +28,7 @@ from foretune.model.compilation import compile_layers, compiled_graphs, refusal
 from foretune.model.gated_mlp import fuse_mlps
 from foretune.model.loading import checkpoint_layers
 from foretune.model.loss import attach_loss, linear_cross_entropy
-from foretune.model.weight_sums import GradientSum, sum_inside, sums_over
+from foretune.model.weight_sums import sum_inside
 from foretune.training.objective import to_device
 
 pytestmark = [
@@ -198,20 +199,6 @@ def test_nothing_is_compiled_after_the_first_step() -> None:
         model(**to_device(micro_batch(seed, lengths), CUDA)).backward()
         graphs.append(compiled_graphs())
     assert graphs[1:] == [graphs[0]] * 3, graphs
-
-
-def sums_of(model: torch.nn.Module) -> dict[torch.nn.Parameter, GradientSum]:
-    """Weights and sums as the engine keeps them, with what another step left there; autograd's gradients go there."""
-    parameters = list(model.parameters())
-    sizes = [parameter.numel() for parameter in parameters]
-    weights = torch.cat([parameter.detach().reshape(-1) for parameter in parameters])
-    for parameter, piece in zip(parameters, weights.split(sizes), strict=True):
-        parameter.data = piece.view(parameter.shape)
-    flat = torch.full((sum(sizes),), float("nan"), device=parameters[0].device)
-    sums = dict(zip(parameters, sums_over(parameters, flat.split(sizes))[0], strict=True))
-    for parameter, one in sums.items():
-        parameter.register_post_accumulate_grad_hook(one.take)
-    return sums
 
 
 @pytest.mark.parametrize("compiled", [False, True])

@@ -210,7 +210,8 @@ def _traffic(work: Workload, strategy: Strategy, cluster: Cluster) -> float:
         if work.lora_rank:
             per_layer += COMPILED_ADAPTER_BYTES * both_ends
         elif makes_again(work, strategy):
-            per_layer += b * ((not fused) * shape.intermediate_size + shape.saved.made_again * shape.hidden_size)
+            product = 0 if fused else shape.intermediate_size  # a fused MLP makes it again inside a product
+            per_layer += b * (product + shape.saved.made_again * shape.hidden_size)
         if fused:
             per_layer -= (1.0 + share / 3) * b * SWIGLU_ELEMENTS * shape.intermediate_size
     else:

@@ -185,10 +185,10 @@ def _least_share(work: Workload, strategy: Strategy, cluster: Cluster) -> float:
 def _layouts_with_kernels(config: Config, work: Workload, cluster: Cluster) -> Iterator[Strategy]:
     """Layouts, with what their layers make again; where sums inside products are pinned, those that can have them."""
     pinned_rows = config.plan.mlp_tile_rows
+    if config.plan.fused_mlp is True and not work.compiled:
+        return
     for one in _layouts(config, work, cluster):
         if True in (config.plan.sum_in_matmul, config.plan.fused_mlp) and not sums_apart(work, one):
-            continue
-        if config.plan.fused_mlp is True and not work.compiled:
             continue
         layout = one.but(mlp_tile_rows=0 if pinned_rows == "auto" else pinned_rows)
         if config.plan.keep_attention is True:

@@ -5,13 +5,14 @@ import copy
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, Gemma2Config, GPTNeoXConfig, LlamaConfig, Qwen2Config, Qwen3Config
+from zero_1_buffers import sums_of
 
 from foretune.model import gated_mlp, quack_kernels
 from foretune.model.compilation import compile_layers, compiled_graphs
 from foretune.model.gated_mlp import fuse_mlps
 from foretune.model.loading import checkpoint_layers
 from foretune.model.loss import attach_loss
-from foretune.model.weight_sums import GradientSum, sum_inside, sums_over
+from foretune.model.weight_sums import sum_inside, sums_over
 
 VOCAB, LAYERS = 61, 3
 SMALL = {
@@ -31,20 +32,6 @@ OTHERS = {
 }
 
 
-def with_sums(model: torch.nn.Module) -> dict[torch.nn.Parameter, GradientSum]:
-    """As ZeRO-1 has it: weights side by side in one buffer, sums in another, which hold what an earlier step left."""
-    parameters = list(model.parameters())
-    sizes = [parameter.numel() for parameter in parameters]
-    flat = torch.cat([parameter.detach().reshape(-1) for parameter in parameters])
-    for parameter, piece in zip(parameters, flat.split(sizes), strict=True):
-        parameter.data = piece.view(parameter.shape)
-    totals = torch.full((sum(sizes),), float("nan")).split(sizes)
-    sums = dict(zip(parameters, sums_over(parameters, totals)[0], strict=True))
-    for parameter, one in sums.items():
-        parameter.register_post_accumulate_grad_hook(one.take)
-    return sums
-
-
 def trained(
     config: object, *, fused: bool, dtype: torch.dtype, checkpointed: int = 0, compiled: bool = False
 ) -> tuple[list[float], dict[str, torch.Tensor]]:
@@ -52,7 +39,7 @@ def trained(
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype).train()
     checkpoint_layers(model, checkpointed)
-    sums = with_sums(model)
+    sums = sums_of(model)
     sum_inside(model, sums)
     if fused:
         assert fuse_mlps(model) == LAYERS
@@ -145,7 +132,7 @@ def test_the_kernels_get_what_they_need(monkeypatch: pytest.MonkeyPatch) -> None
 def test_other_mlps_are_left_alone(family: str) -> None:
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(copy.deepcopy(OTHERS[family]), dtype=torch.float32)
-    sum_inside(model, with_sums(model))
+    sum_inside(model, sums_of(model))
     assert fuse_mlps(model) == 0
 
 
@@ -165,7 +152,7 @@ def test_evaluation_is_as_it_was_and_sees_new_weights() -> None:
     ids = torch.arange(19)[None]
     with torch.no_grad():
         before = model(ids).logits
-        sum_inside(model, with_sums(model))
+        sum_inside(model, sums_of(model))
         assert fuse_mlps(model) == LAYERS
         assert torch.equal(model(ids).logits, before)
         model.model.layers[0].mlp.gate_proj.weight.mul_(2.0)

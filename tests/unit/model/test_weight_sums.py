@@ -15,6 +15,7 @@ from transformers import (
     MixtralConfig,
     Qwen2Config,
 )
+from zero_1_buffers import sums_of
 
 from foretune.model import weight_sums
 from foretune.model.compilation import compile_layers, compiled_graphs
@@ -36,17 +37,6 @@ CONFIGS = {
     "mixtral, whose experts are stacks": (MixtralConfig(**SMALL, num_local_experts=4), 4),
     "gpt2, whose maps are transposed": (GPT2Config(vocab_size=VOCAB, n_embd=32, n_layer=LAYERS, n_head=4), 0),
 }
-
-
-def sums_of(model: torch.nn.Module) -> dict[torch.nn.Parameter, GradientSum]:
-    """Sums as the engine keeps them, with what another step left in them; autograd's gradients go there."""
-    parameters = list(model.parameters())
-    sizes = [parameter.numel() for parameter in parameters]
-    flat = torch.full((sum(sizes),), float("nan"), device=parameters[0].device)
-    sums = dict(zip(parameters, sums_over(parameters, flat.split(sizes))[0], strict=True))
-    for parameter, one in sums.items():
-        parameter.register_post_accumulate_grad_hook(one.take)
-    return sums
 
 
 def trained(
