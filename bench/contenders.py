@@ -204,6 +204,7 @@ def run_torch(spec: dict[str, Any]) -> dict[str, Any]:
     from foretune.model import loading
     from foretune.model.attention import use_packed_attention
     from foretune.model.compilation import compile_layers
+    from foretune.model.fused_qkv import fuse_qkv
     from foretune.model.gated_mlp import fuse_mlps
     from foretune.model.layers import decoder_layers
     from foretune.model.loss import attach_loss
@@ -221,12 +222,14 @@ def run_torch(spec: dict[str, Any]) -> dict[str, Any]:
     attach_loss(model, chunk_tokens=plan.loss_chunk_tokens, fused=plan.compile_layers)
     model.to(device).train()
     weights = [p for p in model.parameters() if p.requires_grad]
+    weights.sort(key=lambda weight: weight.ndim < 2)  # side by side as in ours, where vectors are not decayed
     master, sums, filled = wide_copy(weights)
     if plan.sum_in_matmul:
         sum_inside(model, sums)
     if plan.fused_mlp:
         assert fuse_mlps(model) == len(decoder_layers(model)), "kernels are not the same"
     if plan.compile_layers:
+        fuse_qkv(model)
         compile_layers(model, recompute_pointwise=plan.recompute_pointwise, keep_attention=plan.keep_attention)
     train = config.train
     optimizer = torch.optim.AdamW([master], lr=spec["learning_rate"], betas=(train.adam_beta1, train.adam_beta2),

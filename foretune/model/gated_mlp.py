@@ -29,7 +29,7 @@ import torch.nn.functional as F
 
 from foretune.model import quack_kernels
 from foretune.model.layers import decoder_layers
-from foretune.model.weight_sums import GradientSum, SummedLinear
+from foretune.model.weight_sums import GradientSum, SummedLinear, SummedTogether
 
 
 @torch.library.custom_op("foretune::gated_product", mutates_args=())
@@ -49,7 +49,7 @@ def _(hidden: torch.Tensor, joined: torch.Tensor) -> tuple[torch.Tensor, torch.T
 
 @torch.library.custom_op(
     "foretune::gated_mlp_backward",
-    mutates_args=("joined_total", "gate_filled", "up_filled", "down_total", "down_filled"),
+    mutates_args=("joined_total", "joined_filled", "down_total", "down_filled"),
 )
 def gated_mlp_backward(  # noqa: PLR0917 (as the operator has them)
     gradient: torch.Tensor,
@@ -58,25 +58,24 @@ def gated_mlp_backward(  # noqa: PLR0917 (as the operator has them)
     joined: torch.Tensor,
     down: torch.Tensor,
     joined_total: torch.Tensor,
-    gate_filled: torch.Tensor,
-    up_filled: torch.Tensor,
+    joined_filled: torch.Tensor,
     down_total: torch.Tensor,
     down_filled: torch.Tensor,
 ) -> torch.Tensor:
     """The gradient of hidden [T, h] from that of the output [T, h]; those of the weights are added to their sums.
 
-    Flags are as in `GradientSum`, those of gate and up as one. One operator, since each takes the host 0.1 ms.
+    Flags are as in `GradientSum`. One operator, since each takes the host 0.1 ms.
     """
     on_hopper = quack_kernels.takes(hidden)
     d_before, product = (quack_kernels.gated_backward if on_hopper else _gated_backward)(gradient, down, before)
     GradientSum(down_total, down_filled).add_product(gradient.T, product)
     del product
+    into = GradientSum(joined_total, joined_filled)
     if on_hopper and joined_total.dtype == torch.float32:
-        quack_kernels.add_joined_gradient(joined_total, d_before, hidden, overwrite=not gate_filled)
+        quack_kernels.add_joined_gradient(joined_total, d_before, hidden, overwrite=into.is_new)
+        joined_filled.fill_(True)
     else:
-        GradientSum(joined_total, gate_filled).add_product(_apart(d_before).T, hidden)
-    gate_filled.fill_(True)
-    up_filled.fill_(True)
+        into.add_product(_apart(d_before).T, hidden)
     return quack_kernels.hidden_gradient(d_before, joined) if on_hopper else _apart(d_before) @ joined
 
 
@@ -121,13 +120,12 @@ class _GatedMLP(torch.autograd.Function):
         down: torch.Tensor,
         joined: torch.Tensor,
         joined_total: torch.Tensor,
-        gate_filled: torch.Tensor,
-        up_filled: torch.Tensor,
+        joined_filled: torch.Tensor,
         down_total: torch.Tensor,
         down_filled: torch.Tensor,
     ) -> torch.Tensor:
         before, product = torch.ops.foretune.gated_product(hidden.reshape(-1, hidden.shape[-1]), joined)
-        sums = joined_total, gate_filled, up_filled, down_total, down_filled
+        sums = joined_total, joined_filled, down_total, down_filled
         ctx.save_for_backward(hidden, before, joined, down, *sums)
         return F.linear(product, down).view(hidden.shape)
 
@@ -135,7 +133,7 @@ class _GatedMLP(torch.autograd.Function):
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         hidden, *rest = ctx.saved_tensors
         outer, rows = (one.reshape(-1, one.shape[-1]).contiguous() for one in (gradient, hidden))
-        return torch.ops.foretune.gated_mlp_backward(outer, rows, *rest).view(hidden.shape), *[None] * 7
+        return torch.ops.foretune.gated_mlp_backward(outer, rows, *rest).view(hidden.shape), *[None] * 6
 
 
 def fuse_mlps(model: Any) -> int:
@@ -153,10 +151,9 @@ def fuse_mlps(model: Any) -> int:
     for mlp in mlps:
         if type(mlp) not in formulas:
             formulas[type(mlp)] = _is_the_formula(mlp)
-        gate, up = mlp.gate_proj, mlp.up_proj
-        joined, total = _joined(gate.weight, up.weight), _joined(gate.gradient_total, up.gradient_total)
-        if formulas[type(mlp)] and joined is not None and total is not None:
-            mlp.joined_weight, mlp.joined_total = joined, total
+        joined = SummedTogether.of([mlp.gate_proj, mlp.up_proj])
+        if formulas[type(mlp)] and joined is not None and mlp.gate_proj.weight.shape == mlp.up_proj.weight.shape:
+            mlp.joined = joined
             mlp.forward = MethodType(_fused(mlp.forward), mlp)
             count += 1
     return count
@@ -177,24 +174,14 @@ def _is_the_formula(mlp: Any) -> bool:
     return torch.equal(mlp(rows), expected)
 
 
-def _joined(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor | None:
-    """Both [i, h] as one [2 i, h] in the same memory, if the second follows the first there."""
-    follows = first.data_ptr() + first.numel() * first.element_size() == second.data_ptr()
-    same = first.untyped_storage().data_ptr() == second.untyped_storage().data_ptr()
-    if not (follows and same and first.shape == second.shape and first.is_contiguous() and second.is_contiguous()):
-        return None
-    return first.data.as_strided((2 * first.shape[0], first.shape[1]), (first.shape[1], 1)).data
-
-
 def _fused(plain: Callable[[torch.Tensor], torch.Tensor]) -> Callable[..., torch.Tensor]:
     def forward(self: Any, hidden: torch.Tensor) -> torch.Tensor:
         if not torch.is_grad_enabled():
             return plain(hidden)
-        gate, up, down = self.gate_proj, self.up_proj, self.down_proj
+        down, joined = self.down_proj, self.joined
         output: torch.Tensor = _GatedMLP.apply(  # type: ignore[no-untyped-call]
-            hidden, down.weight, self.joined_weight, self.joined_total, gate.gradient_filled, up.gradient_filled,
-            down.gradient_total, down.gradient_filled,
-        )  # fmt: skip
+            hidden, down.weight, joined.weight, joined.total, joined.filled, down.gradient_total, down.gradient_filled
+        )
         return output
 
     return forward

@@ -31,28 +31,34 @@ class GradientSum:
 
     Attributes:
         total: fp32, of the parameter's shape.
-        filled: bool [] on the host: whether `total` has anything of this step; if not, it is to be overwritten.
+        filled: bool [] on the host: whether `total` has anything of this step; if not, it is to be overwritten. Of
+            parameters that are one matrix (`side_by_side`) a flag for each [n], which are all alike.
     """
 
     total: torch.Tensor
     filled: torch.Tensor
 
+    @property
+    def is_new(self) -> bool:
+        """Whether `total` is to be overwritten."""
+        return not self.filled.all()
+
     def add(self, gradient: torch.Tensor) -> None:
         """Add a gradient of the parameter's shape, in any dtype."""
-        if self.filled:
-            self.total.add_(gradient)
-        else:
+        if self.is_new:
             self.total.copy_(gradient)
             self.filled.fill_(True)
+        else:
+            self.total.add_(gradient)
 
     def add_product(self, left: torch.Tensor, right: torch.Tensor, *, scale: float = 1.0) -> None:
         """Add ``scale · left @ right``, which never is in memory by itself on a GPU."""
-        add_product(self.total, left, right, scale=scale, overwrite=not self.filled)
+        add_product(self.total, left, right, scale=scale, overwrite=self.is_new)
         self.filled.fill_(True)
 
     def add_rows(self, index: torch.Tensor, rows: torch.Tensor) -> None:
         """Add rows [T, h] of any dtype to the rows that `index` int64 [T] names, in one order on a GPU too."""
-        if not self.filled:
+        if self.is_new:
             self.total.zero_()
             self.filled.fill_(True)
         into, sums = sums_by_index(index, rows.to(self.total.dtype), at_most=len(self.total))
@@ -76,6 +82,18 @@ def sums_over(
     filled = torch.zeros(len(parameters), dtype=torch.bool)
     pieces = zip(parameters, totals, filled.unbind(), strict=True)
     return [GradientSum(total.view(weight.shape).data, flag.data) for weight, total, flag in pieces], filled
+
+
+def side_by_side(pieces: Sequence[torch.Tensor]) -> torch.Tensor | None:
+    """Tensors [n₁, …], [n₂, …], … as one [n₁ + n₂ + …, …] in the same memory, if each follows the one before there."""
+    first, following = pieces[0], pieces[0].data_ptr()
+    for piece in pieces:
+        is_next = piece.data_ptr() == following and piece.dtype == first.dtype and piece.is_contiguous()
+        in_one = piece.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
+        if not (is_next and in_one and piece.shape[1:] == first.shape[1:]):
+            return None
+        following += piece.numel() * piece.element_size()
+    return first.data.as_strided((sum(len(piece) for piece in pieces), *first.shape[1:]), first.stride()).data
 
 
 def sums_by_index(index: torch.Tensor, rows: torch.Tensor, *, at_most: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -154,6 +172,36 @@ class SummedLinear(torch.nn.Linear):
             return F.linear(hidden, self.weight, self.bias)
         output: torch.Tensor = _Linear.apply(  # type: ignore[no-untyped-call]
             hidden, self.weight, self.bias, self.gradient_total, self.gradient_filled
+        )
+        return output
+
+
+@dataclass(frozen=True)
+class SummedTogether:
+    """Linear maps of one input whose weights, and whose sums, lie side by side: one matrix for one product.
+
+    Attributes:
+        weight: [Σ out, in], without a gradient of its own.
+        total: fp32, of the same shape.
+        filled: bool [maps], as in `GradientSum`.
+    """
+
+    weight: torch.Tensor
+    total: torch.Tensor
+    filled: torch.Tensor
+
+    @classmethod
+    def of(cls, maps: Sequence[SummedLinear]) -> SummedTogether | None:
+        """None where they lie apart."""
+        weight = side_by_side([one.weight for one in maps])
+        total = side_by_side([one.gradient_total for one in maps])
+        filled = side_by_side([one.gradient_filled.view(1) for one in maps])
+        return None if weight is None or total is None or filled is None else cls(weight, total, filled)
+
+    def __call__(self, hidden: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """hidden [..., in] and bias [Σ out] → [..., Σ out]."""
+        output: torch.Tensor = _Linear.apply(  # type: ignore[no-untyped-call]
+            hidden, self.weight, bias, self.total, self.filled
         )
         return output
 

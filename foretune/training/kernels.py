@@ -10,6 +10,7 @@ from foretune.engine import DeepSpeedEngine
 from foretune.errors import UserError
 from foretune.events import EventKind, Journal
 from foretune.model import attention, compilation, fp8, quack_kernels
+from foretune.model.fused_qkv import fuse_qkv
 from foretune.model.gated_mlp import fuse_mlps
 from foretune.model.layers import decoder_layers
 from foretune.model.weight_sums import sum_inside
@@ -70,12 +71,13 @@ def may_compile(assignment: Assignment, device: torch.device) -> bool:
 
 
 def apply_compilation(assignment: Assignment, model: Any) -> None:
-    """Compiled layers, which recompute as planned.
+    """Compiled layers, which recompute as planned, with query, key and value by one product where it can be.
 
     Where attention is not packed after all there is no output to keep, and layers recompute as a whole: inside their
     backward torch 2.11 would keep products that it was to make again.
     """
     plan = assignment.plan
+    fuse_qkv(model)
     keep_attention = plan.keep_attention and attention.takes_bounds(model)
     compilation.compile_layers(model, recompute_pointwise=plan.recompute_pointwise, keep_attention=keep_attention)
 

@@ -16,6 +16,7 @@ from foretune.config.schema import TrainConfig
 from foretune.data import open_loader
 from foretune.distributed import die_with_parent, leave, rank_info
 from foretune.engine import DeepSpeedEngine, build_optimizer, close_group, open_group, partitioned_loading
+from foretune.model.fused_qkv import fuse_qkv
 from foretune.model.gated_mlp import fuse_mlps
 from foretune.model.loading import load_model
 from foretune.model.loss import attach_loss
@@ -95,7 +96,7 @@ def run_case(
         "grad_norms": [report.grad_norm for report in reports],
         "weights": weights,
         # In DeepSpeed's own buffers, of all ranks; where weights and sums lie side by side.
-        "fusable_mlps": fuse_mlps(model) if as_on_gpu else 0,
+        "fused": [fuse_mlps(model), fuse_qkv(model)] if as_on_gpu else [0, 0],
     }
 
 

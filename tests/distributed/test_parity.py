@@ -168,11 +168,11 @@ def test_a_gpus_shorter_step_is_the_same_step(world_size: int, name: str, traine
 
 
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
-def test_gate_and_up_lie_side_by_side_in_zero_1(world_size: int, trained: dict) -> None:
-    """In DeepSpeed's buffers of weights and of sums, as fused MLPs need it; nowhere else."""
-    cases = {name: case["fusable_mlps"] for (world, name), case in trained.items() if world == world_size}
-    assert {name for name, mlps in cases.items() if mlps} == {"bf16-zero1-fp32-as-on-gpu"}
-    assert cases["bf16-zero1-fp32-as-on-gpu"] == 2
+def test_gate_and_up_and_q_k_v_lie_side_by_side_in_zero_1(world_size: int, trained: dict) -> None:
+    """In DeepSpeed's buffers of weights and of sums, as fused products need it; nowhere else."""
+    cases = {name: case["fused"] for (world, name), case in trained.items() if world == world_size}
+    assert {name for name, modules in cases.items() if any(modules)} == {"bf16-zero1-fp32-as-on-gpu"}
+    assert cases["bf16-zero1-fp32-as-on-gpu"] == [2, 2]
 
 
 def test_untrained_weights_fail(reference: dict) -> None:

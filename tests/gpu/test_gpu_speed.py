@@ -25,6 +25,7 @@ from foretune.data import MicroBatch
 from foretune.model import attention, flash_attention_4, quack_kernels, weight_sums
 from foretune.model.adapters import add_adapters
 from foretune.model.compilation import compile_layers, compiled_graphs, refusal
+from foretune.model.fused_qkv import fuse_qkv
 from foretune.model.gated_mlp import fuse_mlps
 from foretune.model.loading import checkpoint_layers
 from foretune.model.loss import attach_loss, linear_cross_entropy
@@ -247,9 +248,12 @@ def test_weight_gradients_summed_inside_the_product(
 @pytest.mark.parametrize(("compiled", "keep"), [(False, False), (True, False), (True, True)])
 @pytest.mark.parametrize("checkpointed", [0, 3])
 @pytest.mark.parametrize("name", ["qwen2", "llama"])
-def test_gated_mlps_with_their_activation_inside(name: str, checkpointed: int, *, compiled: bool, keep: bool) -> None:
-    """As above; beside the family's own MLP, whose gradients are summed inside products too."""
-    if not quack_kernels.takes(torch.empty(8, 8, device=CUDA, dtype=torch.bfloat16)):
+@pytest.mark.parametrize("fuse", [fuse_mlps, fuse_qkv])
+def test_fused_products(
+    fuse: Callable[[Any], int], name: str, checkpointed: int, *, compiled: bool, keep: bool
+) -> None:
+    """As above; beside the family's own code, whose gradients are summed inside products too."""
+    if fuse is fuse_mlps and not quack_kernels.takes(torch.empty(8, 8, device=CUDA, dtype=torch.bfloat16)):
         pytest.skip("quack-kernels is not installed, or not for this device")
     torch._dynamo.reset()
     batches = [micro_batch(seed) for seed in (0, 1)]
@@ -262,7 +266,7 @@ def test_gated_mlps_with_their_activation_inside(name: str, checkpointed: int, *
         model = make(name)
         sums = sums_of(model)
         sum_inside(model, sums)
-        assert not fused or fuse_mlps(model) == 3
+        assert not fused or fuse(model) == 3
         attention.use_packed_attention(model)
         checkpoint_layers(model, checkpointed)
         attach_loss(model, chunk_tokens=300, fused=compiled)
@@ -283,13 +287,16 @@ def test_weight_gradients_summed_inside_the_product_are_faster() -> None:
     )  # fmt: skip
     batch, times = to_device(micro_batch(lengths=([4096],) * 4), CUDA), {}
     batch["input_ids"], batch["shift_labels"] = batch["input_ids"] % 512, batch["shift_labels"].clamp(max=511)
-    for way in ("added afterwards", "inside"):
+    ways = ("added afterwards", "inside", "and one product for q, k and v")
+    for way in ways:
         torch._dynamo.reset()
         with CUDA:
             model: Any = AutoModelForCausalLM.from_config(copy.deepcopy(shape), dtype=torch.bfloat16).train()
         sums = sums_of(model)
-        if way == "inside":
+        if way != ways[0]:
             sum_inside(model, sums)
+        if way == ways[2]:
+            assert fuse_qkv(model) == 2
         attention.use_packed_attention(model)
         attach_loss(model, chunk_tokens=4096, fused=True)
         compile_layers(model)
@@ -301,8 +308,8 @@ def test_weight_gradients_summed_inside_the_product_are_faster() -> None:
             end.synchronize()
             times.setdefault(way, []).append(start.elapsed_time(end))
         times[way] = min(times[way])
-        print(f"{way:18} {times[way]:7.2f} ms", f"{torch.cuda.max_memory_allocated() / 2**30:6.2f} GiB")
-    assert times["inside"] < times["added afterwards"], times
+        print(f"{way:30} {times[way]:7.2f} ms", f"{torch.cuda.max_memory_allocated() / 2**30:6.2f} GiB")
+    assert times[ways[2]] < times[ways[1]] < times[ways[0]], times
 
 
 @pytest.mark.parametrize("rows", [1, 2, 299, 300, 1000])

@@ -5,13 +5,11 @@ import copy
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, Gemma2Config, GPTNeoXConfig, LlamaConfig, Qwen2Config, Qwen3Config
-from zero_1_buffers import sums_of
+from zero_1_buffers import assert_close, sums_of, trained
 
 from foretune.model import gated_mlp, quack_kernels
-from foretune.model.compilation import compile_layers, compiled_graphs
+from foretune.model.compilation import compiled_graphs
 from foretune.model.gated_mlp import fuse_mlps
-from foretune.model.loading import checkpoint_layers
-from foretune.model.loss import attach_loss
 from foretune.model.weight_sums import sum_inside, sums_over
 
 VOCAB, LAYERS = 61, 3
@@ -32,43 +30,12 @@ OTHERS = {
 }
 
 
-def trained(
-    config: object, *, fused: bool, dtype: torch.dtype, checkpointed: int = 0, compiled: bool = False
-) -> tuple[list[float], dict[str, torch.Tensor]]:
-    """Losses and sums of two micro-batches of 2 x 19 tokens."""
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype).train()
-    checkpoint_layers(model, checkpointed)
-    sums = sums_of(model)
-    sum_inside(model, sums)
-    if fused:
-        assert fuse_mlps(model) == LAYERS
-    attach_loss(model, chunk_tokens=7)
-    if compiled:
-        torch._dynamo.reset()
-        assert compile_layers(model, recompute_pointwise=True, backend="aot_eager") == LAYERS
-    losses = []
-    for seed in range(2):
-        ids = torch.randint(0, VOCAB, (2, 19), generator=torch.Generator().manual_seed(seed))
-        loss = model(input_ids=ids, shift_labels=ids.roll(-1, 1))
-        loss.backward()
-        losses.append(float(loss.detach()))
-    return losses, {name: sums[p].total for name, p in model.named_parameters() if sums[p].filled}
-
-
-def assert_close(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor], share: float) -> None:
-    """Every sum within a share of its largest element."""
-    assert found.keys() == wanted.keys()
-    for name, total in wanted.items():
-        torch.testing.assert_close(found[name], total, rtol=0, atol=share * float(total.abs().max()), msg=name)
-
-
 @pytest.mark.parametrize("checkpointed", [0, 1, LAYERS])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_same_losses_and_sums(family: str, checkpointed: int) -> None:
     """fp32: another order of the same sums."""
-    losses, totals = trained(FAMILIES[family], fused=False, dtype=torch.float32, checkpointed=checkpointed)
-    fused_losses, fused_totals = trained(FAMILIES[family], fused=True, dtype=torch.float32, checkpointed=checkpointed)
+    losses, totals = trained(FAMILIES[family], checkpointed=checkpointed)
+    fused_losses, fused_totals = trained(FAMILIES[family], fuse=fuse_mlps, checkpointed=checkpointed)
     assert fused_losses == pytest.approx(losses, rel=1e-6)
     assert_close(fused_totals, totals, 2e-6)
 
@@ -76,9 +43,9 @@ def test_same_losses_and_sums(family: str, checkpointed: int) -> None:
 def test_16_bits_round_less_often() -> None:
     """Against fp32, the sums are no further away than those of the family's own code."""
     config = FAMILIES["llama"]
-    _, wide = trained(config, fused=False, dtype=torch.float32)
-    _, plain = trained(config, fused=False, dtype=torch.bfloat16)
-    _, fused = trained(config, fused=True, dtype=torch.bfloat16)
+    _, wide = trained(config)
+    _, plain = trained(config, dtype=torch.bfloat16)
+    _, fused = trained(config, fuse=fuse_mlps, dtype=torch.bfloat16)
     errors = [
         sum(float((one[name] - wide[name]).norm() / wide[name].norm()) for name in wide) for one in (plain, fused)
     ]
@@ -91,9 +58,9 @@ def test_compiled_layers_take_it_as_it_is(checkpointed: int) -> None:
     """One graph for all layers, without a break at the operators."""
     config = FAMILIES["qwen2"]
     graphs, runs = [], []
-    for fused in (False, True):
+    for fuse in (None, fuse_mlps):
         before = compiled_graphs()
-        runs.append(trained(config, fused=fused, dtype=torch.float32, checkpointed=checkpointed, compiled=True))
+        runs.append(trained(config, fuse=fuse, checkpointed=checkpointed, compiled=True))
         graphs.append(compiled_graphs() - before)
     assert graphs[0] == graphs[1] > 0
     assert runs[1][0] == pytest.approx(runs[0][0], rel=1e-6)
@@ -109,7 +76,7 @@ def test_the_kernels_get_what_they_need(monkeypatch: pytest.MonkeyPatch) -> None
         product = gated_mlp._apart(d_before).T @ hidden
         total.copy_(product) if overwrite else total.add_(product)
 
-    plain = trained(FAMILIES["llama"], fused=True, dtype=torch.float32)
+    plain = trained(FAMILIES["llama"], fuse=fuse_mlps)
     stand_ins = {
         "takes": lambda tensor: True,
         "gated": lambda hidden, joined: (
@@ -122,7 +89,7 @@ def test_the_kernels_get_what_they_need(monkeypatch: pytest.MonkeyPatch) -> None
     }
     for name, stand_in in stand_ins.items():
         monkeypatch.setattr(quack_kernels, name, stand_in)
-    losses, totals = trained(FAMILIES["llama"], fused=True, dtype=torch.float32)
+    losses, totals = trained(FAMILIES["llama"], fuse=fuse_mlps)
     assert losses == plain[0]
     assert_close(totals, plain[1], 0.0)
     assert overwritten == [True] * LAYERS + [False] * LAYERS

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -28,6 +28,15 @@ def test_attention_that_is_not_packed_is_not_kept(packed: bool, monkeypatch: pyt
     assignment: Any = SimpleNamespace(plan=plan)
     apply_compilation(assignment, model)
     assert asked == {"recompute_pointwise": True, "keep_attention": packed}
+
+
+def test_query_key_and_value_are_one_product_before_layers_are_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+    monkeypatch.setattr(kernels, "fuse_qkv", lambda model: calls.append("fused"))
+    monkeypatch.setattr(compilation, "compile_layers", lambda model, **how: calls.append("compiled"))
+    plan = SimpleNamespace(recompute_pointwise=True, keep_attention=False)
+    apply_compilation(cast(Any, SimpleNamespace(plan=plan)), None)
+    assert calls == ["fused", "compiled"]
 
 
 @pytest.mark.parametrize(
