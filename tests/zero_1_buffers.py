@@ -38,9 +38,14 @@ def trained(
     fuse: Callable[[Any], int] | None = None,
     dtype: torch.dtype = torch.float32,
     checkpointed: int = 0,
-    compiled: bool = False,
+    backend: str = "",
 ) -> tuple[list[float], dict[str, torch.Tensor]]:
-    """Losses and sums by name of two micro-batches of 2 x 19 tokens; `fuse` changes as many modules as layers."""
+    """Losses and sums by name of two micro-batches of 2 x 19 tokens.
+
+    Args:
+        fuse: changes as many modules as there are layers.
+        backend: of torch's compiler, or none.
+    """
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype).train()
     checkpoint_layers(model, checkpointed)
@@ -49,9 +54,9 @@ def trained(
     if fuse is not None:
         assert fuse(model) == config.num_hidden_layers
     attach_loss(model, chunk_tokens=7)
-    if compiled:
+    if backend:
         torch._dynamo.reset()
-        assert compile_layers(model, recompute_pointwise=True, backend="aot_eager") == config.num_hidden_layers
+        assert compile_layers(model, recompute_pointwise=True, backend=backend) == config.num_hidden_layers
     losses = []
     for seed in range(2):
         ids = torch.randint(0, config.vocab_size, (2, 19), generator=torch.Generator().manual_seed(seed))

@@ -14,8 +14,12 @@ are rounded before it elsewhere.
 Gate and up lie side by side in `before` [T, 2 i]: g₀ u₀ g₁ u₁ …, since one thread needs both. Their weights are read as
 one matrix, which they are in the flat buffers of ZeRO-1, and their gradients' sums too (`foretune.model.weight_sums`).
 
-Each way is an operator of its own, which a compiler takes as it is. On other devices than `quack_kernels` takes, they
-compute the same in torch's own kernels, slower than a plain MLP: for tests.
+Forward is one operator and backward two, which a compiler takes as they are. None changes two sums: where two tensors
+lie in one buffer, torch's compiler lets an operator change a copy of the second. On an H100 that lost gradients (torch
+2.11; MLPs of the 1.5B shape learnt wrongly) or read memory that is not there (3B).
+
+On other devices than `quack_kernels` takes, they compute the same in torch's own kernels, slower than a plain MLP: for
+tests.
 """
 
 from __future__ import annotations
@@ -47,40 +51,50 @@ def _(hidden: torch.Tensor, joined: torch.Tensor) -> tuple[torch.Tensor, torch.T
     return before, hidden.new_empty(hidden.shape[0], joined.shape[0] // 2)
 
 
-@torch.library.custom_op(
-    "foretune::gated_mlp_backward",
-    mutates_args=("joined_total", "joined_filled", "down_total", "down_filled"),
-)
-def gated_mlp_backward(  # noqa: PLR0917 (as the operator has them)
+@torch.library.custom_op("foretune::gated_backward", mutates_args=("down_total", "down_filled"))
+def gated_backward(
     gradient: torch.Tensor,
-    hidden: torch.Tensor,
-    before: torch.Tensor,
-    joined: torch.Tensor,
     down: torch.Tensor,
-    joined_total: torch.Tensor,
-    joined_filled: torch.Tensor,
+    before: torch.Tensor,
     down_total: torch.Tensor,
     down_filled: torch.Tensor,
 ) -> torch.Tensor:
-    """The gradient of hidden [T, h] from that of the output [T, h]; those of the weights are added to their sums.
-
-    Flags are as in `GradientSum`. One operator, since each takes the host 0.1 ms.
-    """
-    on_hopper = quack_kernels.takes(hidden)
-    d_before, product = (quack_kernels.gated_backward if on_hopper else _gated_backward)(gradient, down, before)
+    """The gradient of before [T, 2 i] from that of the output [T, h]; that of down is added to its `GradientSum`."""
+    compute = quack_kernels.gated_backward if quack_kernels.takes(gradient) else _gated_backward
+    d_before, product = compute(gradient, down, before)
     GradientSum(down_total, down_filled).add_product(gradient.T, product)
-    del product
+    return d_before
+
+
+@gated_backward.register_fake
+def _(gradient: torch.Tensor, down: torch.Tensor, before: torch.Tensor, *sums: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(before)
+
+
+@torch.library.custom_op("foretune::hidden_backward", mutates_args=("joined_total", "joined_filled"))
+def hidden_backward(
+    d_before: torch.Tensor,
+    joined: torch.Tensor,
+    hidden: torch.Tensor,
+    joined_total: torch.Tensor,
+    joined_filled: torch.Tensor,
+) -> torch.Tensor:
+    """The gradient of hidden [T, h] from that of before [T, 2 i]; that of [gate; up] is added to its `GradientSum`."""
     into = GradientSum(joined_total, joined_filled)
-    if on_hopper and joined_total.dtype == torch.float32:
+    if not quack_kernels.takes(hidden):
+        apart = _apart(d_before)
+        into.add_product(apart.T, hidden)
+        return apart @ joined
+    if joined_total.dtype == torch.float32:
         quack_kernels.add_joined_gradient(joined_total, d_before, hidden, overwrite=into.is_new)
         joined_filled.fill_(True)
     else:
         into.add_product(_apart(d_before).T, hidden)
-    return quack_kernels.hidden_gradient(d_before, joined) if on_hopper else _apart(d_before) @ joined
+    return quack_kernels.hidden_gradient(d_before, joined)
 
 
-@gated_mlp_backward.register_fake
-def _(gradient: torch.Tensor, hidden: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
+@hidden_backward.register_fake
+def _(d_before: torch.Tensor, joined: torch.Tensor, hidden: torch.Tensor, *sums: torch.Tensor) -> torch.Tensor:
     return torch.empty_like(hidden)
 
 
@@ -125,15 +139,15 @@ class _GatedMLP(torch.autograd.Function):
         down_filled: torch.Tensor,
     ) -> torch.Tensor:
         before, product = torch.ops.foretune.gated_product(hidden.reshape(-1, hidden.shape[-1]), joined)
-        sums = joined_total, joined_filled, down_total, down_filled
-        ctx.save_for_backward(hidden, before, joined, down, *sums)
+        ctx.save_for_backward(hidden, before, down, joined, down_total, down_filled, joined_total, joined_filled)
         return F.linear(product, down).view(hidden.shape)
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        hidden, *rest = ctx.saved_tensors
+        hidden, before, down, joined, *sums = ctx.saved_tensors
         outer, rows = (one.reshape(-1, one.shape[-1]).contiguous() for one in (gradient, hidden))
-        return torch.ops.foretune.gated_mlp_backward(outer, rows, *rest).view(hidden.shape), *[None] * 6
+        d_before = torch.ops.foretune.gated_backward(outer, down, before, *sums[:2])
+        return torch.ops.foretune.hidden_backward(d_before, joined, rows, *sums[2:]).view(hidden.shape), *[None] * 6
 
 
 def fuse_mlps(model: Any) -> int:

@@ -202,6 +202,22 @@ def test_nothing_is_compiled_after_the_first_step() -> None:
     assert graphs[1:] == [graphs[0]] * 3, graphs
 
 
+def noted_sums(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Where products will be added: they should be the sums, and not a compiler's copies."""
+    written: list[int] = []
+
+    def noting(add: Callable[..., None]) -> Callable[..., None]:
+        def noted(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor, **how: Any) -> None:
+            written.append(total.data_ptr())
+            add(total, left, right, **how)
+
+        return noted
+
+    monkeypatch.setattr(weight_sums, "add_product", noting(weight_sums.add_product))
+    monkeypatch.setattr(quack_kernels, "add_joined_gradient", noting(quack_kernels.add_joined_gradient))
+    return written
+
+
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("checkpointed", [0, 3])
 @pytest.mark.parametrize("name", ["qwen2", "llama"])
@@ -215,14 +231,7 @@ def test_weight_gradients_summed_inside_the_product(
     for batch in batches:
         gradients_of(exact_model, plain_loss(exact_model, batch))
     exact = {key: p.grad.double() for key, p in exact_model.named_parameters()}
-    product, written = weight_sums.add_product, []
-
-    def noted(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor, **how: Any) -> None:
-        written.append(total.data_ptr())
-        product(total, left, right, **how)
-
-    monkeypatch.setattr(weight_sums, "add_product", noted)
-    errors = []
+    written, errors = noted_sums(monkeypatch), []
     for model in (plain, inside):
         sums = sums_of(model)
         if model is inside:
@@ -250,7 +259,13 @@ def test_weight_gradients_summed_inside_the_product(
 @pytest.mark.parametrize("name", ["qwen2", "llama"])
 @pytest.mark.parametrize("fuse", [fuse_mlps, fuse_qkv])
 def test_fused_products(
-    fuse: Callable[[Any], int], name: str, checkpointed: int, *, compiled: bool, keep: bool
+    fuse: Callable[[Any], int],
+    name: str,
+    checkpointed: int,
+    *,
+    compiled: bool,
+    keep: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """As above; beside the family's own code, whose gradients are summed inside products too."""
     if fuse is fuse_mlps and not quack_kernels.takes(torch.empty(8, 8, device=CUDA, dtype=torch.bfloat16)):
@@ -261,7 +276,7 @@ def test_fused_products(
     for batch in batches:
         gradients_of(exact_model, plain_loss(exact_model, batch))
     exact = {key: p.grad.double() for key, p in exact_model.named_parameters()}
-    errors = []
+    written, errors = noted_sums(monkeypatch), []
     for fused in (False, True):
         model = make(name)
         sums = sums_of(model)
@@ -274,6 +289,8 @@ def test_fused_products(
             compile_layers(model, recompute_pointwise=True, keep_attention=keep)
         for batch in batches:
             (model(**to_device(batch, CUDA), gradient_scale=1 / 1000) / 1000).backward()
+        assert set(written) <= {one.total.data_ptr() for one in sums.values()}, "the compiler made copies of the sums"
+        written.clear()
         errors.append(error_of({key: sums[p].total.double() for key, p in model.named_parameters()}, exact))
     worst = max(exact, key=lambda key: errors[1][key] / max(errors[0][key], 5e-3))
     assert errors[1][worst] <= 1.5 * max(errors[0][worst], 5e-3), (worst, errors[1][worst], errors[0][worst])

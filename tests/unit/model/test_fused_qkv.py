@@ -68,7 +68,7 @@ def test_compiled_layers_take_it_as_it_is(family: str, checkpointed: int) -> Non
     graphs, runs = [], []
     for fuse in (None, both):
         before = compiled_graphs()
-        runs.append(trained(config, fuse=fuse, dtype=torch.float64, checkpointed=checkpointed, compiled=True))
+        runs.append(trained(config, fuse=fuse, dtype=torch.float64, checkpointed=checkpointed, backend="aot_eager"))
         graphs.append(compiled_graphs() - before)
     assert graphs[0] == graphs[1] > 0
     assert runs[1][0] == pytest.approx(runs[0][0], rel=1e-12)
