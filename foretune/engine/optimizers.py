@@ -30,15 +30,14 @@ def build_optimizer(
     """
     trainable = [parameter for parameter in parameters if parameter.requires_grad]
     assert trainable, "nothing to train"
-    if train.weight_decay:
-        matrices = [p for p in trainable if len(getattr(p, "ds_shape", p.shape)) >= 2]  # ds_shape: sharded, p is empty
-        vectors = [p for p in trainable if len(getattr(p, "ds_shape", p.shape)) < 2]
-        groups = [
-            {"params": matrices, "weight_decay": train.weight_decay},
-            {"params": vectors, "weight_decay": 0.0},
-        ]
-    else:
-        groups = [{"params": trainable, "weight_decay": 0.0}]
+    matrices = [p for p in trainable if len(getattr(p, "ds_shape", p.shape)) >= 2]  # ds_shape: sharded, p is empty
+    vectors = [p for p in trainable if len(getattr(p, "ds_shape", p.shape)) < 2]
+    # Two groups without decay too: query's, key's and value's weights then lie side by side (`model.fused_qkv`), with
+    # no biases between them.
+    groups = [
+        {"params": matrices, "weight_decay": train.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
     groups = [group for group in groups if group["params"]]
     if 0 < offload_optimizer < 1:
         return build_cpu_adam(groups, train, learning_rate=learning_rate, offload_optimizer=offload_optimizer)
