@@ -21,6 +21,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 from measuring import machine, save_result
 
@@ -73,23 +74,55 @@ def time_bare(folder: Path, model: Path, ranks: int) -> float:
     return float((folder / "bare-done").read_text()) - start
 
 
-def time_ours(out: Path, arguments: list[str]) -> tuple[float, dict[str, float]]:
-    """Seconds from the command to the first step in the journal, and when each event came."""
+def time_ours(out: Path, arguments: list[str], *, to_the_end: bool = True) -> dict[str, Any]:
+    """Seconds from the command to each kind of event in the journal, "step" the first step; where a rank's went.
+
+    Unless it is to go `to_the_end`, it is killed after the first step, before it saves gigabytes.
+    """
     for name in ("checkpoints", "launch", "events.jsonl", "plan.json"):
         path = out / name
         shutil.rmtree(path, ignore_errors=True)
         path.unlink(missing_ok=True) if not path.is_dir() else None
     command = [sys.executable, "-m", "foretune", "train", *arguments]
     start = time.time()
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"{' '.join(command)}: exit {done.returncode}: {done.stdout[-1000:]}{done.stderr[-2000:]}")
-    events = [json.loads(line) for line in (out / "events.jsonl").read_text().splitlines()]
-    came: dict[str, float] = {}
-    for event in events:
+    with tempfile.TemporaryFile("w+") as said:
+        process = subprocess.Popen(command, stdout=said, stderr=subprocess.STDOUT)
+        while process.poll() is None:
+            if not to_the_end and "step" in came_since(start, out):
+                process.kill()  # its ranks die with it
+                wait_for_ranks(out)
+            time.sleep(0.2)
+        came = came_since(start, out)
+        if "step" not in came or (to_the_end and process.returncode):
+            said.seek(0)
+            raise RuntimeError(f"{' '.join(command)}: exit {process.returncode}: {said.read()[-3000:]}")
+    return came
+
+
+def came_since(start: float, out: Path) -> dict[str, Any]:
+    """Kinds of events in the journal, and how many seconds after `start` the first of each came."""
+    journal = out / "events.jsonl"
+    came: dict[str, Any] = {}
+    for line in journal.read_text().splitlines(keepends=True) if journal.is_file() else []:
+        event = json.loads(line) if line.endswith("\n") else {"time": 0}
         if event["time"] >= start:
             came.setdefault(event["kind"], round(event["time"] - start, 3))
-    return came["step"], came
+            if event["kind"] == "training_started":
+                came["seconds_by_phase"] = event["seconds_by_phase"]
+    return came
+
+
+def wait_for_ranks(out: Path) -> None:
+    """Until no process works on a run any more: the next start would find the device in use."""
+
+    def command(process: Path) -> bytes:
+        try:
+            return (process / "cmdline").read_bytes()
+        except OSError:  # it has just ended
+            return b""
+
+    while any(str(out).encode() in command(process) for process in Path("/proc").glob("[0-9]*")):
+        time.sleep(0.2)
 
 
 def ours(model: Path, data: Path, out: Path, ranks: int, sets: list[str]) -> list[str]:
@@ -118,7 +151,7 @@ def shaped(shape: str, repeats: int, out: Path | None) -> None:
     from throughput import make_model
 
     length, rows = (64, 4) if shape == "tiny" else (4096, 4)
-    starts: list[dict[str, float]] = []
+    starts: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         make_model(shape, folder / "model", seed=0)
@@ -133,7 +166,7 @@ def shaped(shape: str, repeats: int, out: Path | None) -> None:
         arguments = ours(folder / "model", data, folder / "run", 1, sets)
         os.environ["HOME"] = name  # where what is compiled is kept
         for _ in range(1 + repeats):
-            starts.append(time_ours(folder / "run", arguments)[1])
+            starts.append(time_ours(folder / "run", arguments, to_the_end=False))
             print(starts[-1], flush=True)
     again = statistics.median(start["step"] for start in starts[1:])
     print(f"first start {starts[0]['step']:.1f} s, then {again:.1f} s")
@@ -158,7 +191,7 @@ def main() -> None:
         shaped(asked.shape, asked.repeats, asked.out)
         return
     times: dict[str, list[float]] = {"bare": [], "foretune": []}
-    came: dict[str, float] = {}
+    came: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         sets = [f"train.max_length={LENGTH}", f"train.global_batch_size={ROWS}",
@@ -168,8 +201,8 @@ def main() -> None:
         (folder / "data").symlink_to(folder / "run" / "data")
         for _ in range(asked.repeats):
             times["bare"].append(time_bare(folder, asked.model, asked.ranks))
-            seconds, came = time_ours(folder / "run", arguments)
-            times["foretune"].append(seconds)
+            came = time_ours(folder / "run", arguments)
+            times["foretune"].append(came["step"])
             print({name: round(values[-1], 2) for name, values in times.items()}, came, flush=True)
     medians = {name: statistics.median(values) for name, values in times.items()}
     difference = medians["foretune"] - medians["bare"]
