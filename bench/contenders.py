@@ -164,7 +164,7 @@ def run_foretune(spec: dict[str, Any]) -> dict[str, Any]:
     chosen = (
         "zero_stage", "micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_accumulation_dtype",
         "checkpointed_layers", "loss_chunk_tokens", "attention", "recompute_pointwise", "keep_attention",
-        "compile_layers", "sum_in_matmul", "fused_mlp", "offload_optimizer",
+        "compile_layers", "sum_in_matmul", "fused_mlp", "fused_qkv", "offload_optimizer",
     )  # fmt: skip
     return {
         "step_seconds": times,
@@ -226,10 +226,9 @@ def run_torch(spec: dict[str, Any]) -> dict[str, Any]:
     master, sums, filled = wide_copy(weights)
     if plan.sum_in_matmul:
         sum_inside(model, sums)
-    if plan.fused_mlp:
-        assert fuse_mlps(model) == len(decoder_layers(model)), "kernels are not the same"
+    for wanted, fuse in ((plan.fused_mlp, fuse_mlps), (plan.fused_qkv, fuse_qkv)):
+        assert not wanted or fuse(model) == len(decoder_layers(model)), "kernels are not the same"
     if plan.compile_layers:
-        fuse_qkv(model)
         compile_layers(model, recompute_pointwise=plan.recompute_pointwise, keep_attention=plan.keep_attention)
     train = config.train
     optimizer = torch.optim.AdamW([master], lr=spec["learning_rate"], betas=(train.adam_beta1, train.adam_beta2),

@@ -56,7 +56,6 @@ def build(
     from foretune.config.schema import TrainConfig
     from foretune.engine import DeepSpeedEngine, EightBits, build_optimizer
     from foretune.model import attention, compilation, fp8, loading, tiling
-    from foretune.model.fused_qkv import fuse_qkv
     from foretune.model.loss import attach_loss
     from foretune.model.weight_sums import sum_inside
 
@@ -80,7 +79,6 @@ def build(
                              eight_bits=EightBits(0, compiled=compiled) if eight_bits else None)  # fmt: skip
     summing = sum_inside(model, engine.gradient_sums) if summed else 0
     if compiled:
-        fuse_qkv(model)
         compilation.compile_layers(model, recompute_pointwise=recompute_pointwise, keep_attention=keep_attention)
     facts = {"parameters": parameters, "packed_attention": packed, "compiled": compiled, "tiled_mlps": tiles,
              "float8_linears": linears, "checkpointed_layers": layers, "summed_linears": summing}  # fmt: skip

@@ -176,6 +176,10 @@ class PlanConfig(Section):
         bool | Auto,
         Field(description="SwiGLU inside the products of MLPs (Hopper with the flash extra; where sums are inside)"),
     ] = "auto"
+    fused_qkv: Annotated[
+        bool | Auto,
+        Field(description="query, key and value by one product (compiled layers; where sums are inside); auto: no"),
+    ] = "auto"
 
 
 class CheckpointConfig(Section):

@@ -1,7 +1,7 @@
 """Which kernels compute a layer: choices that change its speed and its rounding, not its mathematics.
 
 Config × Workload × Cluster ──▶ `plan.attention`, `plan.compile`, `plan.fp8`, `plan.sum_in_matmul`,
-`plan.fused_mlp`, each with a reason
+`plan.fused_mlp`, `plan.fused_qkv`, each with a reason
 """
 
 from __future__ import annotations
@@ -241,4 +241,23 @@ def choose_fused_mlp(config: Config, work: Workload, cluster: Cluster, strategy:
         return Decision(field=field, value=False, reason=obstacle)
     return Decision(
         field=field, value=True, reason="SwiGLU is computed where its inputs are summed, by QuACK's kernels"
+    )
+
+
+def choose_fused_qkv(config: Config, work: Workload, strategy: Strategy) -> Decision:
+    """Query, key and value by one product: only if asked for, since no GPU has measured a whole step with it.
+
+    Raises:
+        UserError: (field ``plan.fused_qkv``) asked for where layers are not compiled or sums are not inside.
+    """
+    asked, field = config.plan.fused_qkv, "plan.fused_qkv"
+    obstacle = None if work.compiled else "layers are not compiled"
+    if obstacle is None and not sums_inside(work, strategy):
+        obstacle = NO_SUMS_INSIDE
+    if asked is True and obstacle:
+        raise UserError(field, asked, obstacle, "remove the key")
+    if asked != "auto":
+        return Decision(field=field, value=asked, reason="as set", pinned=True)
+    return Decision(
+        field=field, value=False, reason=obstacle or "not chosen by itself: no GPU has measured a step with it"
     )

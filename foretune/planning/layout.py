@@ -20,6 +20,7 @@ from foretune.planning.kernels import (
     choose_compile,
     choose_fp8,
     choose_fused_mlp,
+    choose_fused_qkv,
     choose_sum_in_matmul,
     fuses_mlp_from,
     has_flash_attention_4,
@@ -43,10 +44,11 @@ class Layout:
     eight_bits: Decision
     summing: Decision
     fusing: Decision
+    joining: Decision
 
     @property
     def kernels(self) -> list[Decision]:
-        return [self.attention, self.compiling, self.eight_bits, self.summing, self.fusing]
+        return [self.attention, self.compiling, self.eight_bits, self.summing, self.fusing, self.joining]
 
     def plan_fields(self) -> dict[str, Any]:
         """Fields of `Plan` that say how; `work_and_strategy` reads them."""
@@ -69,6 +71,7 @@ class Layout:
             "fp8": self.eight_bits.value,
             "sum_in_matmul": self.summing.value,
             "fused_mlp": self.fusing.value,
+            "fused_qkv": self.joining.value,
         }
 
 
@@ -97,6 +100,7 @@ def lay_out(config: Config, work: Workload, cluster: Cluster, *, total_steps: in
         eight_bits=eight_bits,
         summing=choose_sum_in_matmul(config, done, cluster, chosen, fp8=eight_bits.value),
         fusing=choose_fused_mlp(config, done, cluster, chosen),
+        joining=choose_fused_qkv(config, done, chosen),
     )
 
 

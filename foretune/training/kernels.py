@@ -71,13 +71,15 @@ def may_compile(assignment: Assignment, device: torch.device) -> bool:
 
 
 def apply_compilation(assignment: Assignment, model: Any) -> None:
-    """Compiled layers, which recompute as planned, with query, key and value by one product where it can be.
+    """Compiled layers, which recompute as planned; with query, key and value by one product where that is planned.
 
     Where attention is not packed after all there is no output to keep, and layers recompute as a whole: inside their
     backward torch 2.11 would keep products that it was to make again.
     """
     plan = assignment.plan
-    fuse_qkv(model)
+    if plan.fused_qkv and (left := len(decoder_layers(model)) - fuse_qkv(model)) > 0:
+        message = f"{left} layers compute query, key and value apart: they read their input otherwise than in these"
+        assignment.tell(EventKind.NOTE, message=message)
     keep_attention = plan.keep_attention and attention.takes_bounds(model)
     compilation.compile_layers(model, recompute_pointwise=plan.recompute_pointwise, keep_attention=keep_attention)
 

@@ -56,7 +56,7 @@ def activation_bytes_per_token_layer(
         attention += 2 * (4 - b) * q  # queries and keys, also of a 16-bit model
     if saved.qk_norm:
         attention += b * (q + k) if compiled else (4 + normalised) * (q + k)
-    adapters = sum(linear.copies for linear in shape.linears) * b * work.lora_rank
+    adapters = sum(linear.copies for linear in shape.linears) * b * work.lora_rank if work.lora_rank else 0
     mlp = 0 if tiled else _COMPILED_MLP.get(saved.mlp, saved.mlp) if compiled else saved.mlp
     if again:
         hidden -= b * saved.made_again * h
@@ -66,7 +66,7 @@ def activation_bytes_per_token_layer(
     return hidden + attention + b * mlp * shape.intermediate_size + adapters + 16
 
 
-def working_widths(work: Workload, strategy: Strategy) -> tuple[int, int]:
+def working_widths(work: Workload, strategy: Strategy, *, recomputing: bool) -> tuple[int, int]:
     """(i's, h's): elements a token that a layer's backward holds beside what was saved, in widths of MLP and model.
 
     Gradients of the MLP's inner values and of its ends (3i + 2h), or where it is fused, those of gate and up, and their
@@ -81,13 +81,13 @@ def working_widths(work: Workload, strategy: Strategy) -> tuple[int, int]:
     if makes_again(work, strategy) and not fuses_mlp(work, strategy):
         widths.append((6, -1) if work.lora_rank else (4, -2))
     inner, outer = max(widths, key=lambda one: one[0] * work.shape.intermediate_size + one[1] * work.shape.hidden_size)
-    in_parts = work.lora_rank > 0 and strategy.checkpointed_layers > 0 and recomputes_inside(work, strategy)
+    in_parts = work.lora_rank > 0 and recomputing and recomputes_inside(work, strategy)
     return inner + (2 if in_parts else 0), outer
 
 
-def working_bytes_per_token(work: Workload, strategy: Strategy) -> int:
+def working_bytes_per_token(work: Workload, strategy: Strategy, *, recomputing: bool) -> int:
     """`working_widths` in bytes."""
-    inner, outer = working_widths(work, strategy)
+    inner, outer = working_widths(work, strategy, recomputing=recomputing)
     return work.parameter_bytes * (inner * work.shape.intermediate_size + outer * work.shape.hidden_size)
 
 

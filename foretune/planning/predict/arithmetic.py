@@ -152,7 +152,8 @@ def _activations(phase: str, work: Workload, strategy: Strategy) -> Iterator[Der
     tokens, kept = strategy.micro_batch_size * work.max_length, strategy.checkpointed_layers
     compiled, tile = activations.is_compiled(work, strategy), strategy.mlp_tile_rows
     saved = activations.layer_bytes_per_token(work, strategy)
-    inside = activations.working_bytes_per_token(work, strategy)
+    recomputing = phase == "recomputation" or (phase == "end of backward" and kept > 0)
+    inside = activations.working_bytes_per_token(work, strategy, recomputing=recomputing)
     again, fused = activations.makes_again(work, strategy), fuses_mlp(work, strategy)
     kinds = {"compiled": compiled, "MLPs in tiles": tile, "pointwise values made again": again, "fused MLPs": fused}
     kind = ", ".join([shape.family, *(name for name, is_so in kinds.items() if is_so)])
@@ -161,7 +162,7 @@ def _activations(phase: str, work: Workload, strategy: Strategy) -> Iterator[Der
     def line(formula: str, numbers: str, value: int, source: str = "") -> Derivation:
         return Derivation(part="activations", formula=formula, numbers=numbers, value=value, source=source)
 
-    inner, outer = activations.working_widths(work, strategy)
+    inner, outer = activations.working_widths(work, strategy, recomputing=recomputing)
     formula = f"T·b·({inner}i {'+' if outer > 0 else '-'} {abs(outer)}h)" if inner else f"T·b·{outer}h"
     within = [line(formula, f"{tokens:,} · {inside:,}", tokens * inside, "gradients inside one layer's backward")]
     if tile:
@@ -171,6 +172,8 @@ def _activations(phase: str, work: Workload, strategy: Strategy) -> Iterator[Der
         yield line("T·A", f"{tokens:,} · {saved:,}", tokens * saved, what)
         yield from within
         return
+    if phase == "recomputation":
+        kept = shape.num_layers
     layers = shape.num_layers - kept
     yield line("T·(L - k)·A", f"{tokens:,} · {layers} · {saved:,}", tokens * layers * saved, what)
     if kept:
@@ -188,9 +191,9 @@ def _activations(phase: str, work: Workload, strategy: Strategy) -> Iterator[Der
         yield line(
             "rows·l²", f"{strategy.micro_batch_size} · {work.max_length}²", mask, "boolean mask of packed documents"
         )
-    if phase == "backward":
-        if kept:
-            yield line("T·A", f"{tokens:,} · {saved:,}", tokens * saved, f"one layer recomputed ({CHECKPOINTING})")
+    if phase == "recomputation":
+        yield line("T·A", f"{tokens:,} · {saved:,}", tokens * saved, f"one layer recomputed ({CHECKPOINTING})")
+    if phase in ("backward", "recomputation"):
         yield from within
 
 
@@ -208,7 +211,7 @@ def _loss(phase: str, work: Workload, strategy: Strategy) -> Iterator[Derivation
         numbers = f"{per_logit} · {tokens:,} · {vocabulary:,}"
         yield line(f"{per_logit}·T·V", numbers, per_logit * tokens * vocabulary, "whole logits in several formats")
         return
-    if phase == "backward":
+    if phase in ("backward", "recomputation"):
         value = activations.head_gradient_bytes(work, strategy, summed=summed)
         if head:
             yield line("b·(V + T)·h + …", f"{b} · ({vocabulary:,} + {tokens:,}) · {h}", value, "of head and hidden")
@@ -249,7 +252,7 @@ def _buffers(phase: str, work: Workload, strategy: Strategy, cluster: Cluster) -
         return
     if gathered := memory.gathered_bytes(work, strategy, cluster.world_size):
         yield line("b·gathered", f"{b} · {gathered // b:,}", gathered, "parameters gathered at a time, and ahead")
-    if passing and phase in ("backward", "end of backward"):
+    if passing and phase in ("backward", "recomputation", "end of backward"):
         copies = passing // (b * bucket)
         yield line(f"{copies}·b·bucket", f"{copies} · {b} · {bucket:,}", passing, "buckets on their way")
     at_once = memory.reduced_at_once(work, strategy, cluster)

@@ -76,10 +76,9 @@ def phases(work: Workload, strategy: Strategy, cluster: Cluster) -> dict[str, di
 
     tokens = strategy.micro_batch_size * work.max_length
     kept = activations.activation_bytes(work, strategy)
-    inside = tokens * activations.working_bytes_per_token(work, strategy) + activations.tile_bytes(work, strategy)
-    layer = tokens * activations.layer_bytes_per_token(work, strategy) + inside
-    # The layer whose backward runs: recomputed anew, or what it had saved is counted already.
-    running = layer if strategy.checkpointed_layers else inside
+    tile = activations.tile_bytes(work, strategy)
+    inside = tile + tokens * activations.working_bytes_per_token(work, strategy, recomputing=False)
+    layer = tokens * activations.layer_bytes_per_token(work, strategy)
     shard = shard_of(work, strategy, cluster)
     whole = reduced_at_step(work, strategy, cluster)
     gradients, transient = _gradient_bytes(work, strategy, shard, stays, whole=whole)
@@ -98,13 +97,13 @@ def phases(work: Workload, strategy: Strategy, cluster: Cluster) -> dict[str, di
         },
         "backward": {
             "gradients": earlier,
-            "activations": kept + running,
+            "activations": kept + inside,
             "loss": head,
             "buffers": persistent + passing + gathered,
         },
         "end of backward": {
             "gradients": gradients + transient,
-            "activations": layer,
+            "activations": layer + inside,
             "buffers": persistent + passing + gathered + reduced_at_once(work, strategy, cluster),
         },
         "step": {
@@ -113,6 +112,14 @@ def phases(work: Workload, strategy: Strategy, cluster: Cluster) -> dict[str, di
             "buffers": persistent,
         },
     }
+    if strategy.checkpointed_layers:
+        # The first layers recompute, when those behind them have given back what they kept. Then as if all of them did:
+        # one that keeps its input only is little beside what one had kept, and so no layer more ever needs more memory.
+        again = tile + tokens * activations.working_bytes_per_token(work, strategy, recomputing=True)
+        saved = layer - tokens * activations.checkpoint_bytes_per_token(work, strategy)
+        freed = (work.shape.num_layers - strategy.checkpointed_layers) * saved
+        varying["recomputation"] = {**varying["backward"], "activations": kept - freed + layer + again}
+        varying["end of backward"]["activations"] = layer + again
     by_phase = {name: {**resident, **parts} for name, parts in varying.items()}
     if on_cpu:
         for parts in by_phase.values():

@@ -307,3 +307,14 @@ def test_pointwise_values_that_are_asked_for_are_kept_to_or_refused() -> None:
     with pytest.raises(UserError) as caught:
         plan("2xcpu,ram=64GB", asked, tokens=100_000)
     assert caught.value.field == "plan.recompute_pointwise"
+
+
+def test_query_key_and_value_are_one_product_only_if_asked() -> None:
+    assert not with_quack("1xH100-80GB").fused_qkv
+    assert "no GPU has measured" in reason_of(with_quack("1xH100-80GB"), "plan.fused_qkv")
+    assert with_quack("1xH100-80GB", "plan.fused_qkv=true").fused_qkv
+    for setting, why in (("plan.compile=false", "not compiled"), ("method=lora", "not summed inside")):
+        assert why in reason_of(with_quack("1xH100-80GB", setting), "plan.fused_qkv")
+        with pytest.raises(UserError, match=why) as caught:
+            with_quack("1xH100-80GB", setting, "plan.fused_qkv=true")
+        assert caught.value.field == "plan.fused_qkv"

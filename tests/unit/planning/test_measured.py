@@ -21,7 +21,9 @@ THROUGHPUT = (
     "25-throughput-full-1.5B-accumulation-8", "25-throughput-full-1.5B-accumulation-8-flash",
     "25-throughput-full-3B-accumulation-8-checkpointed", "25-throughput-lora-7B-accumulation-2",
     "25-throughput-lora-7B-accumulation-1-checkpointed", "25-throughput-lora-7B-accumulation-1-checkpointed-inside",
-    "27-throughput-full-0.5B-accumulation-8", "27-throughput-full-1.5B-accumulation-8",
+    "27-throughput-full-0.5B-accumulation-8", "28-throughput-full-0.5B-accumulation-8",
+    "28-throughput-full-1.5B-accumulation-8", "28-throughput-lora-7B-accumulation-1-within-18.1-checkpointed",
+    "28-throughput-lora-7B-accumulation-1-within-22.7-checkpointed",
 )  # fmt: skip
 
 

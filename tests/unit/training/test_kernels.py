@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
@@ -24,19 +24,28 @@ def test_attention_that_is_not_packed_is_not_kept(packed: bool, monkeypatch: pyt
     )
     if packed:
         attention.use_packed_attention(model)
-    plan = SimpleNamespace(recompute_pointwise=True, keep_attention=True)
+    plan = SimpleNamespace(recompute_pointwise=True, keep_attention=True, fused_qkv=False)
     assignment: Any = SimpleNamespace(plan=plan)
     apply_compilation(assignment, model)
     assert asked == {"recompute_pointwise": True, "keep_attention": packed}
 
 
-def test_query_key_and_value_are_one_product_before_layers_are_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("planned", "fused", "told"), [(False, 0, 0), (True, 3, 0), (True, 2, 1)])
+def test_query_key_and_value_are_one_product_as_planned(
+    planned: bool, fused: int, told: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before layers are compiled; where it cannot be, the run says so."""
     calls: list[str] = []
-    monkeypatch.setattr(kernels, "fuse_qkv", lambda model: calls.append("fused"))
+    monkeypatch.setattr(kernels, "decoder_layers", lambda model: [None] * 3)
+    monkeypatch.setattr(kernels, "fuse_qkv", lambda model: calls.append("fused") or fused)
+    monkeypatch.setattr(kernels.attention, "takes_bounds", lambda model: False)
     monkeypatch.setattr(compilation, "compile_layers", lambda model, **how: calls.append("compiled"))
-    plan = SimpleNamespace(recompute_pointwise=True, keep_attention=False)
-    apply_compilation(cast(Any, SimpleNamespace(plan=plan)), None)
-    assert calls == ["fused", "compiled"]
+    notes: list[str] = []
+    plan = SimpleNamespace(recompute_pointwise=True, keep_attention=False, fused_qkv=planned)
+    assignment: Any = SimpleNamespace(plan=plan, tell=lambda kind, message: notes.append(message))
+    apply_compilation(assignment, None)
+    assert calls == (["fused", "compiled"] if planned else ["compiled"])
+    assert len(notes) == told
 
 
 @pytest.mark.parametrize(
