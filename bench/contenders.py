@@ -88,14 +88,21 @@ def planned(spec: dict[str, Any]) -> tuple[Any, Any]:
             f"plan.micro_batch_size_per_gpu={spec['micro_batch']}",
             f"plan.checkpointed_layers={layers if spec['checkpointed'] else 0}",
         ]
-    if CUDA and not any(setting.startswith("plan.compile=") for setting in spec["settings"]):
-        settings += ["plan.compile=true"]  # the few steps stand for a run that is long enough for it to pay
     if spec["contender"] == "foretune-bf16":
         settings += ["plan.gradient_accumulation_dtype=bf16"] if CUDA else []
-    config = load_config(flags={"model": spec["model"], "data": "rows.jsonl"}, settings=settings)
-    tokens = spec["steps"] * spec["rows"] * spec["length"]
     cluster = within(probe(1), spec["memory_gib"])
-    return config, make_plan(config, model_folder=Path(spec["model"]), cluster=cluster, prepared=None, tokens=tokens)
+
+    def plan_with(*more: str) -> tuple[Any, Any]:
+        config = load_config(flags={"model": spec["model"], "data": "rows.jsonl"}, settings=[*settings, *more])
+        tokens = config.train.max_steps * spec["rows"] * spec["length"]
+        return config, make_plan(
+            config, model_folder=Path(spec["model"]), cluster=cluster, prepared=None, tokens=tokens
+        )
+
+    # The few steps stand for a run that is long enough for whatever has to be compiled to pay.
+    _, of_long = plan_with("train.max_steps=100000")
+    chosen = {"compile": of_long.compile_layers, "fused_mlp": of_long.fused_mlp}
+    return plan_with(*(f"plan.{name}=true" for name, is_so in chosen.items() if is_so and CUDA))
 
 
 def within(cluster: Any, gib: float | None) -> Any:

@@ -119,7 +119,7 @@ def _compiled_or_not(
         compiling = choose_compile(config, cluster, zero_stage=stage)  # refuses compiled layers at ZeRO-3
         return compiling, replace(work, compiled=compiling.value), candidates, best
     ways = [(work, candidates, best)]
-    if fuses_mlp(work, best.strategy):
+    if fuses_mlp(work, best.strategy) and config.plan.fused_mlp == "auto":
         ways += _way(config, replace(work, fused_mlp_from=None), cluster)
     if not compiling.pinned:
         ways += _way(config, replace(work, compiled=False), cluster)
