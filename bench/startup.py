@@ -121,7 +121,10 @@ def wait_for_ranks(out: Path) -> None:
         except OSError:  # it has just ended
             return b""
 
+    end = time.monotonic() + 60
     while any(str(out).encode() in command(process) for process in Path("/proc").glob("[0-9]*")):
+        if time.monotonic() > end:
+            raise RuntimeError(f"ranks of {out} are still there a minute after their command was killed")
         time.sleep(0.2)
 
 

@@ -16,6 +16,7 @@ def build_optimizer(
     *,
     learning_rate: float,
     offload_optimizer: float = 0.0,
+    vectors_apart: bool = False,
 ) -> torch.optim.Optimizer:
     """Build the configured optimizer over the trainable parameters.
 
@@ -25,6 +26,10 @@ def build_optimizer(
     The fused kernels exist for CUDA and CPU and need no compiler; DeepSpeed's own FusedAdam and CPUAdam need one. Only
     a partial offload (0 < `offload_optimizer` < 1) is left to DeepSpeed's CPUAdam, which DeepSpeed insists on there.
 
+    Args:
+        vectors_apart: in a group of their own without decay too. ZeRO lays the weights of a group side by side, then
+            without biases between them (`foretune.model.fused_qkv`).
+
     Raises:
         UserError: a partial offload with no compiler to build CPUAdam, or with SGD.
     """
@@ -32,12 +37,13 @@ def build_optimizer(
     assert trainable, "nothing to train"
     matrices = [p for p in trainable if len(getattr(p, "ds_shape", p.shape)) >= 2]  # ds_shape: sharded, p is empty
     vectors = [p for p in trainable if len(getattr(p, "ds_shape", p.shape)) < 2]
-    # Two groups without decay too: query's, key's and value's weights then lie side by side (`model.fused_qkv`), with
-    # no biases between them.
-    groups = [
-        {"params": matrices, "weight_decay": train.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
-    ]
+    if train.weight_decay or vectors_apart:
+        groups = [
+            {"params": matrices, "weight_decay": train.weight_decay},
+            {"params": vectors, "weight_decay": 0.0},
+        ]
+    else:
+        groups = [{"params": trainable, "weight_decay": 0.0}]
     groups = [group for group in groups if group["params"]]
     if 0 < offload_optimizer < 1:
         return build_cpu_adam(groups, train, learning_rate=learning_rate, offload_optimizer=offload_optimizer)

@@ -73,16 +73,18 @@ def _has_maps(module: Any) -> bool:
 def _twin(module: Any, maps: list[SummedLinear]) -> Any:
     """Its parts are the module's own, but for the maps."""
     twin, start = copy.copy(module), 0
+    twin.training = True
     twin._modules = dict(module._modules)
     for name, one in zip(MAPS, maps, strict=True):
         setattr(twin, name, _Columns(start, start + one.out_features))
         start += one.out_features
-    return twin.train()
+    return twin
 
 
 def _forward(self: Any, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
     plain = type(self).forward
-    if not torch.is_grad_enabled():
+    # An input without a gradient would leave autograd nothing to go back by: the joined weight has none of its own.
+    if not (self.training and torch.is_grad_enabled() and hidden_states.requires_grad):
         return plain(self, hidden_states, *args, **kwargs)
     bias = None if self.q_proj.bias is None else torch.cat([self.q_proj.bias, self.k_proj.bias, self.v_proj.bias])
     return plain(self.twin[0], self.together(hidden_states, bias), *args, **kwargs)
@@ -92,9 +94,11 @@ def _reads_input_in_maps_only(kind: type) -> bool:
     """Whether the forward of an attention class is one that a twin can run.
 
     Its `hidden_states` stand nowhere but in `self.q_proj(hidden_states)`, the same of k and v, and in
-    `hidden_states.shape[:-1]`; and the maps nowhere else, each once.
+    `hidden_states.shape[:-1]`; and the maps nowhere else, each once and whatever else is given.
     """
-    function = inspect.unwrap(kind.forward)  # type: ignore[attr-defined]
+    function: Any = kind.forward  # type: ignore[attr-defined]
+    if inspect.unwrap(function) is not function:  # what wraps it may read its arguments too
+        return False
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
     except (OSError, SyntaxError):  # no source, or none that stands alone
@@ -103,6 +107,9 @@ def _reads_input_in_maps_only(kind: type) -> bool:
     reads = sum(isinstance(node, ast.Name) and node.id == given for node in ast.walk(tree))
     named = sum(isinstance(node, ast.Attribute) and node.attr in MAPS for node in ast.walk(tree))
     sources = [ast.unparse(node) for node in ast.walk(tree) if isinstance(node, ast.Call | ast.Subscript)]
+    conditions = [node for node in ast.walk(tree) if isinstance(node, ast.If | ast.IfExp)]
+    if any(isinstance(node, ast.Attribute) and node.attr in MAPS for one in conditions for node in ast.walk(one)):
+        return False
     calls = [sources.count(f"{owner}.{name}({given})") for name in MAPS]
     shapes = sources.count(f"{given}.shape[:-1]")
     return given == "hidden_states" and calls == [1, 1, 1] and named == len(MAPS) and reads == len(MAPS) + shapes

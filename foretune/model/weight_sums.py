@@ -41,7 +41,9 @@ class GradientSum:
     @property
     def is_new(self) -> bool:
         """Whether `total` is to be overwritten."""
-        return not self.filled.all()
+        is_filled = bool(self.filled.all())
+        assert is_filled == bool(self.filled.any()), "of weights that are one matrix, some have sums and some have not"
+        return not is_filled
 
     def add(self, gradient: torch.Tensor) -> None:
         """Add a gradient of the parameter's shape, in any dtype."""

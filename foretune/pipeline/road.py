@@ -51,6 +51,7 @@ _TIED = (
     "precision",
     "optimizer_dtype",
     "gradient_accumulation_dtype",
+    "fused_qkv",  # which groups the optimizer has
     "method",
     "global_batch_size",
     "max_length",
@@ -347,7 +348,8 @@ class _Road:
         if before is None:
             return self.config
         asked = self.config.plan
-        names = [name for name in ("optimizer_dtype", "gradient_accumulation_dtype") if getattr(asked, name) == "auto"]
+        of_states = ("optimizer_dtype", "gradient_accumulation_dtype", "fused_qkv")
+        names = [name for name in of_states if getattr(asked, name) == "auto"]
         kept = {name: getattr(before, name) for name in names}
         return self.config.model_copy(update={"plan": asked.model_copy(update=kept)})
 

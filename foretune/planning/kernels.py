@@ -244,17 +244,26 @@ def choose_fused_mlp(config: Config, work: Workload, cluster: Cluster, strategy:
     )
 
 
+def refuse_fused_qkv(config: Config, work: Workload) -> None:
+    """Say before the search that no layout can have query, key and value by one product.
+
+    Raises:
+        UserError: (field ``plan.fused_qkv``) asked for where gradients are not summed inside products.
+    """
+    if config.plan.fused_qkv is True and not work.sums_inside:
+        raise UserError("plan.fused_qkv", True, NO_SUMS_INSIDE, "remove the key")
+
+
 def choose_fused_qkv(config: Config, work: Workload, strategy: Strategy) -> Decision:
     """Query, key and value by one product: only if asked for, since no GPU has measured a whole step with it.
 
-    Raises:
-        UserError: (field ``plan.fused_qkv``) asked for where layers are not compiled or sums are not inside.
+    What is asked for has been refused before the search (`refuse_fused_qkv`), or has narrowed it.
     """
     asked, field = config.plan.fused_qkv, "plan.fused_qkv"
     obstacle = None if work.compiled else "layers are not compiled"
     if obstacle is None and not sums_inside(work, strategy):
         obstacle = NO_SUMS_INSIDE
-    if asked is True and obstacle:
+    if asked is True and obstacle:  # by tiles that are asked for too
         raise UserError(field, asked, obstacle, "remove the key")
     if asked != "auto":
         return Decision(field=field, value=asked, reason="as set", pinned=True)

@@ -26,6 +26,7 @@ from foretune.planning.kernels import (
     has_flash_attention_4,
     has_softmax_in_place,
     may_sum_in_matmul,
+    refuse_fused_qkv,
 )
 from foretune.planning.mathematics import DataFacts, decide, workload
 from foretune.planning.search import Candidate
@@ -86,6 +87,7 @@ def lay_out(config: Config, work: Workload, cluster: Cluster, *, total_steps: in
     fast_attention = attention.value == "packed" and has_flash_attention_4(work, cluster)
     work = replace(work, attention=attention.value, flash_attention_4=fast_attention)
     work = replace(work, fp8=eight_bits.value, sums_inside=summing)
+    refuse_fused_qkv(config, work)
     work = replace(work, softmax_in_place=has_softmax_in_place(work, cluster))
     work = replace(work, fused_mlp_from=fuses_mlp_from(config, work, cluster))
     compiling, work, candidates, best = _compiled_or_not(config, work, cluster, total_steps=total_steps)

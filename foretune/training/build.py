@@ -85,6 +85,7 @@ def build_engine(assignment: Assignment, device: torch.device) -> tuple[DeepSpee
         config.train,
         learning_rate=plan.learning_rate,
         offload_optimizer=0.0 if plan.streams_optimizer else plan.offload_optimizer,
+        vectors_apart=plan.fused_qkv,
     )
     engine = DeepSpeedEngine(
         model,

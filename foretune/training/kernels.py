@@ -77,9 +77,11 @@ def apply_compilation(assignment: Assignment, model: Any) -> None:
     backward torch 2.11 would keep products that it was to make again.
     """
     plan = assignment.plan
-    if plan.fused_qkv and (left := len(decoder_layers(model)) - fuse_qkv(model)) > 0:
-        message = f"{left} layers compute query, key and value apart: they read their input otherwise than in these"
-        assignment.tell(EventKind.NOTE, message=message)
+    if plan.fused_qkv:
+        layers = len(decoder_layers(model))
+        if (left := layers - fuse_qkv(model)) > 0:
+            message = f"{left} of {layers} layers compute query, key and value as their family does, not by one product"
+            assignment.tell(EventKind.NOTE, message=message)
     keep_attention = plan.keep_attention and attention.takes_bounds(model)
     compilation.compile_layers(model, recompute_pointwise=plan.recompute_pointwise, keep_attention=keep_attention)
 

@@ -326,7 +326,8 @@ def test_weight_gradients_summed_inside_the_product_are_faster() -> None:
             times.setdefault(way, []).append(start.elapsed_time(end))
         times[way] = min(times[way])
         print(f"{way:30} {times[way]:7.2f} ms", f"{torch.cuda.max_memory_allocated() / 2**30:6.2f} GiB")
-    assert times[ways[2]] < times[ways[1]] < times[ways[0]], times
+    assert times["inside"] < times["added afterwards"], times
+    assert times[ways[2]] < 1.02 * times["inside"], times  # a gain of 1 % may drown in noise, a loss should not
 
 
 @pytest.mark.parametrize("rows", [1, 2, 299, 300, 1000])

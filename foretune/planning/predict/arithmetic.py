@@ -172,17 +172,18 @@ def _activations(phase: str, work: Workload, strategy: Strategy) -> Iterator[Der
         yield line("T·A", f"{tokens:,} · {saved:,}", tokens * saved, what)
         yield from within
         return
-    if phase == "recomputation":
+    if phase == "recomputation":  # as if all layers did (`memory.phases`)
         kept = shape.num_layers
     layers = shape.num_layers - kept
     yield line("T·(L - k)·A", f"{tokens:,} · {layers} · {saved:,}", tokens * layers * saved, what)
+    many = "L" if phase == "recomputation" else "k"
     if kept:
         inputs = tokens * kept * b * shape.hidden_size
-        yield line("T·k·b·h", f"{tokens:,} · {kept} · {b} · {shape.hidden_size}", inputs, CHECKPOINTING)
+        yield line(f"T·{many}·b·h", f"{tokens:,} · {kept} · {b} · {shape.hidden_size}", inputs, CHECKPOINTING)
         if strategy.keep_attention:
             output = activations.attention_output_bytes_per_token(work)
-            what = "attention's output in layers that recompute"
-            yield line("T·k·(bq + …)", f"{tokens:,} · {kept} · {output:,}", tokens * kept * output, what)
+            of_attention = "attention's output in layers that recompute"
+            yield line(f"T·{many}·(bq + …)", f"{tokens:,} · {kept} · {output:,}", tokens * kept * output, of_attention)
     around = activations.around_bytes_per_token(work)
     yield line(
         "T·((4 + 2b)·h + …)", f"{tokens:,} · {around:,}", tokens * around, "last norm, rotary tables, ids, labels"
@@ -192,7 +193,7 @@ def _activations(phase: str, work: Workload, strategy: Strategy) -> Iterator[Der
             "rows·l²", f"{strategy.micro_batch_size} · {work.max_length}²", mask, "boolean mask of packed documents"
         )
     if phase == "recomputation":
-        yield line("T·A", f"{tokens:,} · {saved:,}", tokens * saved, f"one layer recomputed ({CHECKPOINTING})")
+        yield line("T·A", f"{tokens:,} · {saved:,}", tokens * saved, f"one layer recomputed; {what}")
     if phase in ("backward", "recomputation"):
         yield from within
 

@@ -113,8 +113,9 @@ def phases(work: Workload, strategy: Strategy, cluster: Cluster) -> dict[str, di
         },
     }
     if strategy.checkpointed_layers:
-        # The first layers recompute, when those behind them have given back what they kept. Then as if all of them did:
-        # one that keeps its input only is little beside what one had kept, and so no layer more ever needs more memory.
+        # The first layers recompute, when those behind them have given back what they kept. Counted as if all of them
+        # recomputed: an input is little beside what a layer keeps, and so no layer more ever needs more memory. The
+        # gradients that those behind have made by then are no more than that, or are counted at the end of backward.
         again = tile + tokens * activations.working_bytes_per_token(work, strategy, recomputing=True)
         saved = layer - tokens * activations.checkpoint_bytes_per_token(work, strategy)
         freed = (work.shape.num_layers - strategy.checkpointed_layers) * saved

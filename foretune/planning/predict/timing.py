@@ -208,7 +208,7 @@ def _traffic(work: Workload, strategy: Strategy, cluster: Cluster) -> float:
         kept = layer_bytes_per_token(replace(work, fused_mlp_from=None), replace(strategy, recompute_pointwise=False))
         per_layer = COMPILED_PASSES * (1.0 + share / 2) * kept
         if work.lora_rank:
-            per_layer += COMPILED_ADAPTER_BYTES * (1.0 + share / 3) * both_ends
+            per_layer += COMPILED_ADAPTER_BYTES * (1.0 + share / 3) * both_ends  # a third is forward
         elif makes_again(work, strategy):
             product = 0 if fused else shape.intermediate_size  # a fused MLP makes it again inside a product
             per_layer += b * (product + shape.saved.made_again * shape.hidden_size)

@@ -154,7 +154,7 @@ def _may_fit(config: Config, work: Workload, strategy: Strategy, cluster: Cluste
 def _may_tile(config: Config, work: Workload, strategy: Strategy) -> bool:
     """Whether MLPs in tiles are worth a look where not all layers can keep what they compute."""
     plan = config.plan
-    pins = plan.sum_in_matmul, plan.fused_mlp, plan.recompute_pointwise, plan.keep_attention
+    pins = plan.sum_in_matmul, plan.fused_mlp, plan.fused_qkv, plan.recompute_pointwise, plan.keep_attention
     free = plan.mlp_tile_rows == "auto" and True not in pins
     return free and work.max_length >= LONG_ROWS and not tiling_obstacle(config, work, strategy.zero_stage)
 
@@ -185,10 +185,11 @@ def _least_share(work: Workload, strategy: Strategy, cluster: Cluster) -> float:
 def _layouts_with_kernels(config: Config, work: Workload, cluster: Cluster) -> Iterator[Strategy]:
     """Layouts, with what their layers make again; where sums inside products are pinned, those that can have them."""
     pinned_rows = config.plan.mlp_tile_rows
-    if config.plan.fused_mlp is True and not work.compiled:
+    fusing = config.plan.fused_mlp, config.plan.fused_qkv
+    if True in fusing and not work.compiled:
         return
     for one in _layouts(config, work, cluster):
-        if True in (config.plan.sum_in_matmul, config.plan.fused_mlp) and not sums_apart(work, one):
+        if True in (config.plan.sum_in_matmul, *fusing) and not sums_apart(work, one):
             continue
         layout = one.but(mlp_tile_rows=0 if pinned_rows == "auto" else pinned_rows)
         if config.plan.keep_attention is True:

@@ -63,3 +63,13 @@ def test_vectors_are_not_decayed() -> None:
         (0.1, 2),
         (0.0, 1),
     ]
+
+
+def test_vectors_are_apart_if_asked() -> None:
+    """Without decay too; the steps are the same."""
+    parameters = [torch.nn.Parameter(torch.ones(2, 2)), torch.nn.Parameter(torch.ones(2))]
+    apart = build_optimizer(parameters, TrainConfig(), learning_rate=RATE, vectors_apart=True)
+    assert [[one.ndim for one in group["params"]] for group in apart.param_groups] == [[2], [1]]
+    assert {group["weight_decay"] for group in apart.param_groups} == {0.0}
+    together = build_optimizer(parameters, TrainConfig(), learning_rate=RATE)
+    assert [[one.ndim for one in group["params"]] for group in together.param_groups] == [[2, 1]]

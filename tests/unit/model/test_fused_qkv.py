@@ -119,6 +119,10 @@ class Attention:
     def shares_a_map(self, hidden_states):  # type: ignore[no-untyped-def]
         return self.q_proj(hidden_states), self.k_proj(hidden_states), self.k_proj(hidden_states)
 
+    def may_leave_a_map(self, hidden_states, shared=None):  # type: ignore[no-untyped-def]
+        key = shared if shared is not None else self.k_proj(hidden_states)
+        return self.q_proj(hidden_states), key, self.v_proj(hidden_states)
+
     def calls_it_x(self, x):  # type: ignore[no-untyped-def]
         return self.q_proj(x), self.k_proj(x), self.v_proj(x)
 

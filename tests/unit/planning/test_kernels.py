@@ -314,9 +314,32 @@ def test_pointwise_values_that_are_asked_for_are_kept_to_or_refused() -> None:
 def test_query_key_and_value_are_one_product_only_if_asked() -> None:
     assert not with_quack("1xH100-80GB").fused_qkv
     assert "no GPU has measured" in reason_of(with_quack("1xH100-80GB"), "plan.fused_qkv")
-    assert with_quack("1xH100-80GB", "plan.fused_qkv=true").fused_qkv
-    for setting, why in (("plan.compile=false", "not compiled"), ("method=lora", "not summed inside")):
+    for setting, why in (
+        ("plan.compile=false", "not compiled"),
+        ("method=lora", "not summed inside"),
+        ("plan.mlp_tile_rows=4096", "not summed inside"),
+    ):
         assert why in reason_of(with_quack("1xH100-80GB", setting), "plan.fused_qkv")
-        with pytest.raises(UserError, match=why) as caught:
+        with pytest.raises(UserError) as caught:
             with_quack("1xH100-80GB", setting, "plan.fused_qkv=true")
         assert caught.value.field == "plan.fused_qkv"
+
+
+@pytest.mark.parametrize(
+    ("card", "model", "settings"),
+    [
+        ("1xH100-80GB", "Qwen/Qwen2.5-1.5B", ["train.max_steps=5"]),  # else too short for compiled layers
+        ("1xH100-80GB", "Qwen/Qwen2.5-3B", ["train.max_length=131072"]),  # else ZeRO-2
+        ("8xH100-80GB", "Qwen/Qwen2.5-7B", ["train.max_length=32768"]),
+    ],
+)
+def test_one_product_that_is_asked_for_narrows_the_search(card: str, model: str, settings: list[str]) -> None:
+    made = with_quack(card, *settings, "train.global_batch_size=8", "plan.fused_qkv=true", model=model)
+    assert (made.fused_qkv, made.zero_stage, made.compile_layers, made.mlp_tile_rows) == (True, 1, True, 0)
+
+
+def test_one_product_is_refused_where_only_tiles_fit() -> None:
+    with pytest.raises(UserError, match="GiB") as caught:
+        with_quack("1xA100-40GB", "train.max_length=131072", "train.global_batch_size=8", "plan.fused_qkv=true")
+    assert caught.value.field == "plan.fused_qkv"
+    assert "without it a plan fits" in caught.value.mend
