@@ -6,13 +6,21 @@ import copy
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
-from foretune.model.compilation import compile_layers
+from foretune.model.compilation import compile_layers, compiled_graphs
 from foretune.model.loading import checkpoint_layers
 from foretune.model.loss import attach_loss
 from foretune.model.weight_sums import GradientSum, sum_inside, sums_over
+
+#: A model of a few thousand parameters in any family; widths that differ, so that none is taken for another.
+LAYERS = 3
+SMALL = {
+    "vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64, "initializer_range": 0.3,
+}  # fmt: skip
 
 
 def sums_of(model: torch.nn.Module) -> dict[torch.nn.Parameter, GradientSum]:
@@ -71,3 +79,43 @@ def assert_close(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]
     assert found.keys() == wanted.keys()
     for name, total in wanted.items():
         torch.testing.assert_close(found[name], total, rtol=0, atol=share * float(total.abs().max()), msg=name)
+
+
+def assert_trains_as_plain(
+    config: PreTrainedConfig,
+    fuse: Callable[[Any], int],
+    *,
+    losses_within: float = 1e-6,
+    sums_within: float = 2e-6,
+    **how: Any,
+) -> None:
+    """Losses and sums are those of the family's own code; compiled, as many graphs are made as of it."""
+    runs, graphs = [], []
+    for one in (None, fuse):
+        before = compiled_graphs()
+        runs.append(trained(config, fuse=one, **how))
+        graphs.append(compiled_graphs() - before)
+    assert graphs[0] == graphs[1]
+    assert (graphs[0] > 0) == ("backend" in how)
+    assert runs[1][0] == pytest.approx(runs[0][0], rel=losses_within)
+    assert_close(runs[1][1], runs[0][1], sums_within)
+
+
+def assert_evaluates_as_plain(
+    config: PreTrainedConfig, fuse: Callable[[Any], int], change: Callable[[Any], object]
+) -> None:
+    """Without gradients to the bit, with them within rounding; it sees weights that change, under the same names."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.float32).eval()
+    ids = torch.arange(19)[None]
+    names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+    with torch.no_grad():
+        before = model(ids).logits
+        sum_inside(model, sums_of(model))
+        assert fuse(model) == LAYERS
+        assert torch.equal(model(ids).logits, before)
+        change(model.model.layers[0])
+        plain = model(ids).logits
+    torch.testing.assert_close(model(ids).logits.detach(), plain, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(plain, before)
+    assert [name for name, _ in model.named_parameters(remove_duplicate=False)] == names

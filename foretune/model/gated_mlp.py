@@ -165,9 +165,9 @@ def fuse_mlps(model: Any) -> int:
     for mlp in mlps:
         if type(mlp) not in formulas:
             formulas[type(mlp)] = _is_the_formula(mlp)
-        joined = SummedTogether.of([mlp.gate_proj, mlp.up_proj])
-        if formulas[type(mlp)] and joined is not None and mlp.gate_proj.weight.shape == mlp.up_proj.weight.shape:
-            mlp.joined = joined
+        together = SummedTogether.of([mlp.gate_proj, mlp.up_proj])
+        if formulas[type(mlp)] and together is not None and mlp.gate_proj.weight.shape == mlp.up_proj.weight.shape:
+            mlp.together = together
             mlp.forward = MethodType(_fused(mlp.forward), mlp)
             count += 1
     return count
@@ -192,7 +192,7 @@ def _fused(plain: Callable[[torch.Tensor], torch.Tensor]) -> Callable[..., torch
     def forward(self: Any, hidden: torch.Tensor) -> torch.Tensor:
         if not torch.is_grad_enabled():
             return plain(hidden)
-        down, joined = self.down_proj, self.joined
+        down, joined = self.down_proj, self.together
         output: torch.Tensor = _GatedMLP.apply(  # type: ignore[no-untyped-call]
             hidden, down.weight, joined.weight, joined.total, joined.filled, down.gradient_total, down.gradient_filled
         )

@@ -53,10 +53,9 @@ def _pins_exclude(config: Config) -> UserError:
     """One key leaves no layout that another would allow: only these narrow the search to some stages."""
     if config.plan.sum_in_matmul is True:
         return UserError("plan.sum_in_matmul", True, NO_SUMS_APART, "remove the key")
-    if config.plan.fused_mlp is True:
-        return UserError("plan.fused_mlp", True, f"{NOT_COMPILED}, and {NO_SUMS_APART}", "remove the key")
-    if config.plan.fused_qkv is True:
-        return UserError("plan.fused_qkv", True, f"{NOT_COMPILED}, and {NO_SUMS_APART}", "remove the key")
+    for name in ("fused_mlp", "fused_qkv"):
+        if getattr(config.plan, name) is True:
+            return UserError(f"plan.{name}", True, f"{NOT_COMPILED}, and {NO_SUMS_APART}", "remove the key")
     if config.plan.recompute_pointwise is True:
         return UserError("plan.recompute_pointwise", True, NOT_COMPILED, "remove the key")
     if config.plan.keep_attention is True:

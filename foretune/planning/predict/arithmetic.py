@@ -172,11 +172,11 @@ def _activations(phase: str, work: Workload, strategy: Strategy) -> Iterator[Der
         yield line("T·A", f"{tokens:,} · {saved:,}", tokens * saved, what)
         yield from within
         return
+    many = "k"
     if phase == "recomputation":  # as if all layers did (`memory.phases`)
-        kept = shape.num_layers
+        many, kept = "L", shape.num_layers
     layers = shape.num_layers - kept
     yield line("T·(L - k)·A", f"{tokens:,} · {layers} · {saved:,}", tokens * layers * saved, what)
-    many = "L" if phase == "recomputation" else "k"
     if kept:
         inputs = tokens * kept * b * shape.hidden_size
         yield line(f"T·{many}·b·h", f"{tokens:,} · {kept} · {b} · {shape.hidden_size}", inputs, CHECKPOINTING)

@@ -1,6 +1,7 @@
 """Query, key and value by one product, against the family's own code."""
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -14,19 +15,12 @@ from transformers import (
     Qwen2Config,
     Qwen3Config,
 )  # fmt: skip
-from zero_1_buffers import assert_close, sums_of, trained
+from zero_1_buffers import LAYERS, SMALL, assert_evaluates_as_plain, assert_trains_as_plain, sums_of
 
-from foretune.model.compilation import compiled_graphs
 from foretune.model.fused_qkv import _reads_input_in_maps_only, fuse_qkv
 from foretune.model.gated_mlp import fuse_mlps
 from foretune.model.weight_sums import sum_inside
 
-VOCAB, LAYERS = 61, 3
-SMALL = {
-    "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": LAYERS,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64, "initializer_range": 0.3,
-    "pad_token_id": 0,
-}  # fmt: skip
 FAMILIES = {
     "llama": LlamaConfig(**SMALL),
     "llama with biases": LlamaConfig(**SMALL, attention_bias=True),
@@ -36,7 +30,7 @@ FAMILIES = {
     "olmo2": Olmo2Config(**SMALL),  # norms over all heads
 }
 OTHERS = {
-    "phi3": Phi3Config(**SMALL),
+    "phi3": Phi3Config(**SMALL, pad_token_id=0),
     "neox": GPTNeoXConfig(**{**SMALL, "num_key_value_heads": 4}),
 }
 
@@ -45,10 +39,7 @@ OTHERS = {
 @pytest.mark.parametrize("family", FAMILIES)
 def test_same_losses_and_sums(family: str, checkpointed: int) -> None:
     """fp32: another order of the same sums."""
-    losses, totals = trained(FAMILIES[family], checkpointed=checkpointed)
-    fused_losses, fused_totals = trained(FAMILIES[family], fuse=fuse_qkv, checkpointed=checkpointed)
-    assert fused_losses == pytest.approx(losses, rel=1e-6)
-    assert_close(fused_totals, totals, 2e-6)
+    assert_trains_as_plain(FAMILIES[family], fuse_qkv, checkpointed=checkpointed)
 
 
 @pytest.mark.filterwarnings("ignore")  # of torch's compiler about itself
@@ -64,15 +55,10 @@ def test_compiled_layers_take_it_as_it_is(family: str, checkpointed: int) -> Non
         assert fuse_mlps(model) == LAYERS
         return fuse_qkv(model)
 
-    config = FAMILIES[family]
-    graphs, runs = [], []
-    for fuse in (None, both):
-        before = compiled_graphs()
-        runs.append(trained(config, fuse=fuse, dtype=torch.float64, checkpointed=checkpointed, backend="aot_eager"))
-        graphs.append(compiled_graphs() - before)
-    assert graphs[0] == graphs[1] > 0
-    assert runs[1][0] == pytest.approx(runs[0][0], rel=1e-12)
-    assert_close(runs[1][1], runs[0][1], 2e-7)
+    assert_trains_as_plain(
+        FAMILIES[family], both, losses_within=1e-12, sums_within=2e-7, dtype=torch.float64, checkpointed=checkpointed,
+        backend="aot_eager",
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("family", OTHERS)
@@ -134,18 +120,8 @@ def test_only_code_that_a_twin_can_run(name: str) -> None:
 
 
 def test_evaluation_is_as_it_was_and_sees_new_weights() -> None:
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(copy.deepcopy(FAMILIES["qwen2"]), dtype=torch.float32).eval()
-    ids = torch.arange(19)[None]
-    names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
-    with torch.no_grad():
-        before = model(ids).logits
-        sum_inside(model, sums_of(model))
-        assert fuse_qkv(model) == LAYERS
-        assert torch.equal(model(ids).logits, before)
-        model.model.layers[0].self_attn.q_proj.weight.mul_(2.0)
-        model.model.layers[0].self_attn.o_proj.weight.mul_(2.0)
-        plain = model(ids).logits
-    torch.testing.assert_close(model(ids).logits.detach(), plain, rtol=1e-5, atol=1e-5)
-    assert not torch.allclose(plain, before)
-    assert [name for name, _ in model.named_parameters(remove_duplicate=False)] == names
+    def change(layer: Any) -> None:
+        layer.self_attn.q_proj.weight.mul_(2.0)
+        layer.self_attn.o_proj.weight.mul_(2.0)
+
+    assert_evaluates_as_plain(FAMILIES["qwen2"], fuse_qkv, change)

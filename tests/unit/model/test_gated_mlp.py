@@ -5,19 +5,21 @@ import copy
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, Gemma2Config, GPTNeoXConfig, LlamaConfig, Qwen2Config, Qwen3Config
-from zero_1_buffers import assert_close, sums_of, trained
+from zero_1_buffers import (
+    LAYERS,
+    SMALL,
+    assert_close,
+    assert_evaluates_as_plain,
+    assert_trains_as_plain,
+    sums_of,
+    trained,
+)  # fmt: skip
 
 from foretune.model import gated_mlp, quack_kernels
-from foretune.model.compilation import compiled_graphs
 from foretune.model.fused_qkv import fuse_qkv
 from foretune.model.gated_mlp import fuse_mlps
 from foretune.model.weight_sums import GradientSum, sum_inside, sums_over
 
-VOCAB, LAYERS = 61, 3
-SMALL = {
-    "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": LAYERS,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64, "initializer_range": 0.3,
-}  # fmt: skip
 FAMILIES = {
     "llama": LlamaConfig(**SMALL),
     "qwen2": Qwen2Config(**SMALL, tie_word_embeddings=True),
@@ -35,10 +37,7 @@ OTHERS = {
 @pytest.mark.parametrize("family", FAMILIES)
 def test_same_losses_and_sums(family: str, checkpointed: int) -> None:
     """fp32: another order of the same sums."""
-    losses, totals = trained(FAMILIES[family], checkpointed=checkpointed)
-    fused_losses, fused_totals = trained(FAMILIES[family], fuse=fuse_mlps, checkpointed=checkpointed)
-    assert fused_losses == pytest.approx(losses, rel=1e-6)
-    assert_close(fused_totals, totals, 2e-6)
+    assert_trains_as_plain(FAMILIES[family], fuse_mlps, checkpointed=checkpointed)
 
 
 def test_16_bits_round_less_often() -> None:
@@ -57,15 +56,7 @@ def test_16_bits_round_less_often() -> None:
 @pytest.mark.parametrize("checkpointed", [0, 1])
 def test_compiled_layers_take_it_as_it_is(checkpointed: int) -> None:
     """One graph for all layers, without a break at the operators."""
-    config = FAMILIES["qwen2"]
-    graphs, runs = [], []
-    for fuse in (None, fuse_mlps):
-        before = compiled_graphs()
-        runs.append(trained(config, fuse=fuse, checkpointed=checkpointed, backend="aot_eager"))
-        graphs.append(compiled_graphs() - before)
-    assert graphs[0] == graphs[1] > 0
-    assert runs[1][0] == pytest.approx(runs[0][0], rel=1e-6)
-    assert_close(runs[1][1], runs[0][1], 2e-6)
+    assert_trains_as_plain(FAMILIES["qwen2"], fuse_mlps, checkpointed=checkpointed, backend="aot_eager")
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -141,16 +132,4 @@ def test_weights_apart_are_left_alone() -> None:
 
 
 def test_evaluation_is_as_it_was_and_sees_new_weights() -> None:
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(copy.deepcopy(FAMILIES["llama"]), dtype=torch.float32).eval()
-    ids = torch.arange(19)[None]
-    with torch.no_grad():
-        before = model(ids).logits
-        sum_inside(model, sums_of(model))
-        assert fuse_mlps(model) == LAYERS
-        assert torch.equal(model(ids).logits, before)
-        model.model.layers[0].mlp.gate_proj.weight.mul_(2.0)
-    with torch.no_grad():
-        plain = model(ids).logits
-    torch.testing.assert_close(model(ids).logits.detach(), plain, rtol=1e-5, atol=1e-5)
-    assert not torch.allclose(plain, before)
+    assert_evaluates_as_plain(FAMILIES["llama"], fuse_mlps, lambda layer: layer.mlp.gate_proj.weight.mul_(2.0))
