@@ -55,7 +55,7 @@ def execute(words: Sequence[str]) -> None:
     """
     # Importing makes half a million objects that stay; to search them for garbage again and again takes a fifth of the
     # time to a plan's answer. (Ranks are processes of their own and keep Python's default.)
-    gc.set_threshold(50_000)
+    gc.set_threshold(200_000)
     import typer
 
     from foretune.cli import app

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from math import ceil
 from typing import Any, Literal
 
@@ -47,12 +48,12 @@ class Workload:
         """All parameters that a rank must have in some form."""
         return self.trainable + self.frozen
 
-    @property
+    @cached_property
     def parameter_bytes(self) -> int:
         """Bytes of one parameter in forward and backward."""
         return BYTES[self.precision]
 
-    @property
+    @cached_property
     def gradient_bytes(self) -> int:
         """Bytes of one accumulated gradient."""
         return BYTES[self.accumulation_dtype]

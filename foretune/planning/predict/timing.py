@@ -11,14 +11,14 @@ takes what the device needs, or what the host needs to start it all, whichever i
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import ceil
 
 from foretune.artifacts import Cluster
 from foretune.model.shape import ModelShape
 from foretune.planning.predict.activations import (
+    activation_bytes_per_token_layer,
     is_compiled,
-    layer_bytes_per_token,
     makes_again,
     recomputes_inside,
 )
@@ -205,7 +205,7 @@ def _traffic(work: Workload, strategy: Strategy, cluster: Cluster) -> float:
     both_ends = sum(one.copies * (one.inputs + one.outputs) for one in shape.linears)
     if compiled:
         fused = fuses_mlp(work, strategy)
-        kept = layer_bytes_per_token(replace(work, fused_mlp_from=None), replace(strategy, recompute_pointwise=False))
+        kept = activation_bytes_per_token_layer(work, compiled=True, tiled=strategy.mlp_tile_rows > 0)
         per_layer = COMPILED_PASSES * (1.0 + share / 2) * kept
         if work.lora_rank:
             per_layer += COMPILED_ADAPTER_BYTES * (1.0 + share / 3) * both_ends  # a third is forward

@@ -106,22 +106,22 @@ def _chunks_and_layers(config: Config, work: Workload, strategy: Strategy, clust
     if pinned_layers != "auto":
         return [(chunk, pinned_layers) for chunk in chunks]
 
-    def fewest(chunk: int) -> int | None:
+    def needed(chunk: int) -> tuple[int | None, bool]:
         one = strategy.but(loss_chunk_tokens=chunk)
-        return fewest_layers(work_for(work, one), one, cluster)
+        return _layers_needed(work_for(work, one), one, cluster)
 
-    all_layers, first = work.shape.num_layers, fewest(chunks[0])
+    all_layers, (first, chunk_matters) = work.shape.num_layers, needed(chunks[0])
     pairs = [] if first is None else [(chunks[0], first)]
-    if first == 0 or len(chunks) == 1:
-        return pairs or [(chunks[0], all_layers)]
-    least = fewest(chunks[-1])
+    if len(chunks) == 1 or not chunk_matters:
+        return pairs or [(chunks[-1], all_layers)]
+    least, _ = needed(chunks[-1])
     if least is None:
         return pairs or [(chunks[-1], all_layers)]
     for chunk in chunks[1:-1]:
         before = pairs[-1][1] if pairs else inf
-        if before > least and (layers := fewest(chunk)) is not None and layers < before:
+        if before > least and (layers := needed(chunk)[0]) is not None and layers < before:
             pairs.append((chunk, layers))
-    return pairs if pairs and pairs[-1][1] == 0 else [*pairs, (chunks[-1], least)]
+    return pairs if pairs and pairs[-1][1] <= least else [*pairs, (chunks[-1], least)]
 
 
 def _that_may_fit(
@@ -310,20 +310,31 @@ def _batches(config: Config, work: Workload, cluster: Cluster) -> Iterator[tuple
 
 
 def fewest_layers(work: Workload, strategy: Strategy, cluster: Cluster) -> int | None:
-    """The fewest checkpointed layers that fit the device; None if no number of them does.
+    """The fewest checkpointed layers that fit the device; None if no number of them does."""
+    return _layers_needed(work, strategy, cluster)[0]
 
-    From the first on, every phase of a step grows by the same for each.
+
+def _layers_needed(work: Workload, strategy: Strategy, cluster: Cluster) -> tuple[int | None, bool]:
+    """`fewest_layers`, and whether it is the chunk of the loss that needs so many: one phase alone depends on it.
+
+    From the first layer on, every phase of a step grows by the same for each.
     """
     limit, most = memory.budget(cluster), work.shape.num_layers
 
-    def sizes(layers: int) -> list[int]:
+    def sizes(layers: int) -> dict[str, int]:
         by_phase = memory.phases(work, strategy.but(checkpointed_layers=layers), cluster)
-        return [sum(parts.values()) for parts in by_phase.values()]
+        return {name: sum(parts.values()) for name, parts in by_phase.items()}
 
-    if max(sizes(0)) <= limit:
-        return 0
-    last = sizes(most)
-    if max(last) > limit:
-        return None
-    pairs = [(one, all_of_them) for one, all_of_them in zip(sizes(1), last, strict=True) if one > limit]
-    return max((1 + ceil((one - limit) * (most - 1) / (one - all_of_them)) for one, all_of_them in pairs), default=1)
+    with_none = sizes(0)
+    too_large = {name for name, size in with_none.items() if size > limit}
+    if not too_large:
+        return 0, False
+    with_all = sizes(most)
+    if never := {name for name, size in with_all.items() if size > limit}:
+        return None, never == {"loss"}
+    by_phase = {
+        name: 1 + ceil((size - limit) * (most - 1) / (size - with_all[name])) if size > limit else 1
+        for name, size in sizes(1).items()
+    }
+    others = max(layers for name, layers in by_phase.items() if name != "loss") if too_large != {"loss"} else 0
+    return max(by_phase.values()), by_phase["loss"] > others

@@ -16,7 +16,7 @@ from foretune.dryrun import DryRun
 from foretune.planning import make_plan, parse_hardware
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
-    "zero3-64": ("8x8xA100-80GB", {"plan": {"zero_stage": 3}}),
+    "zero3-16": ("2x8xA100-80GB", {"plan": {"zero_stage": 3}}),
     "streamed": ("1xH100", {"plan": {"offload_optimizer": 0.5, "offload_optimizer_step": "device"}}),
     "fp8": ("1xH100", {"allow_numerics": True, "plan": {"fp8": True}}),
     "8bit": ("2xH100", {"allow_numerics": True, "plan": {"optimizer_dtype": "8bit"}}),
@@ -62,6 +62,7 @@ def test_states_agree(results: dict[str, DryRun], case: str) -> None:
 @pytest.mark.parametrize(
     ("hardware", "values"),
     [
+        ("8x8xA100-80GB", {"plan": {"zero_stage": 3}}),
         ("1xH100", {"plan": {"zero_stage": 2}}),
         ("4xH100", {"plan": {"zero_stage": 0}}),
         ("1xV100-32GB", {"plan": {"zero_stage": 2}}),
