@@ -81,9 +81,9 @@ def choose_interval(costs: Costs, *, total_steps: int, max_lost_seconds: float) 
         f"writing is to take {WRITING_SHARE:.0%} of the time at most": costs.written / WRITING_SHARE,
     }
     wish, need = min(wishes, key=lambda why: wishes[why]), max(needs, key=lambda why: needs[why])
-    scarce = needs[need] > wishes[wish]
-    every = ceil(needs[need] / costs.step) if scarce else int(wishes[wish] / costs.step)
-    every = max(1, min(every, total_steps))
+    wished, needed = max(1, int(wishes[wish] / costs.step)), ceil(needs[need] / costs.step)
+    scarce = needed > wished
+    every = min(max(wished, needed), total_steps)
     cost = f"a save holds training up for {_time(costs.blocked)} and is written in {_time(costs.written)}"
     return Interval(every, f"{cost}; {need if scarce else wish}", max(max_lost_seconds, needs[need]))
 

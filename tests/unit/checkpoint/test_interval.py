@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from foretune.checkpoint.interval import (
@@ -39,6 +39,7 @@ def test_failures_move_the_estimate_off_the_prior() -> None:
     assert mean_time_between_failures(3600.0, 9) == pytest.approx((PRIOR_SECONDS + 3600) / 10)
 
 
+@example(costs=Costs(step=92.0, blocked=42.0, written=0.0, trained=0.0, failures=0), total=92)  # whole steps
 @given(
     costs=st.builds(
         Costs,

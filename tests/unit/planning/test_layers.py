@@ -96,6 +96,8 @@ def saved_per_token(
     model.train()
     if tile_rows:
         assert tile_mlps(model, tile_rows) == 3
+    if lora:  # else the first layer's input needs no gradient, and is compiled by itself
+        model.enable_input_require_grads()
     if compiled:  # torch's partitioner decides what is kept; no compiler is needed for that
         compile_layers(model, recompute_pointwise=again, backend="aot_eager_decomp_partition")
     parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
