@@ -7,6 +7,7 @@ Errors go to stderr; with ``--json`` they also go to stdout, as ``{"error": {"fi
 
 from __future__ import annotations
 
+import atexit
 import difflib
 import gc
 import json
@@ -54,8 +55,10 @@ def execute(words: Sequence[str]) -> None:
         ForetuneError: whatever the verb raises.
     """
     # Importing makes half a million objects that stay; to search them for garbage again and again takes a fifth of the
-    # time to a plan's answer. (Ranks are processes of their own and keep Python's default.)
+    # time to a plan's answer, and once more at the end a sixth. (Ranks are processes of their own and keep Python's
+    # default.)
     gc.set_threshold(200_000)
+    atexit.register(gc.freeze)
     import typer
 
     from foretune.cli import app
