@@ -17,7 +17,8 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from foretune.errors import ConfigError, ExitCode, ForetuneError, NoPlanFits, Preempted, TrainingStopped, UserError
@@ -27,10 +28,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command line; returns the exit code and raises nothing."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        # A scheduler's SIGTERM is an interruption like Ctrl-C. (Within training the launcher takes both over.)
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, _interrupt)
-        execute(words)
+        with _interruptible():
+            execute(words)
         sys.stdout.flush()
         code = ExitCode.DONE
     except ForetuneError as error:
@@ -86,6 +85,35 @@ class Interrupted(ForetuneError):
 
     def __init__(self) -> None:
         super().__init__("stopped as asked; the stages that were complete are kept")
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Within this a scheduler's SIGTERM interrupts as Ctrl-C does, and neither is lost; threads can't be interrupted.
+
+    Python drops what is raised while it runs a callback of its own (of a weak reference, as imports have, or a
+    ``__del__``), so it is raised again a moment later. (Within training the launcher takes both signals over.)
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    report = sys.unraisablehook
+
+    def again_if_lost(lost: sys.UnraisableHookArgs) -> None:
+        if issubclass(lost.exc_type, KeyboardInterrupt):
+            signal.setitimer(signal.ITIMER_REAL, 0.01)
+        else:
+            report(lost)
+
+    signal.signal(signal.SIGTERM, _interrupt)
+    alarm = signal.signal(signal.SIGALRM, _interrupt)
+    sys.unraisablehook = again_if_lost
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        sys.unraisablehook = report
+        signal.signal(signal.SIGALRM, alarm)
 
 
 def _interrupt(_number: int, _frame: object) -> None:

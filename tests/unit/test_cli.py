@@ -266,3 +266,25 @@ def test_an_interruption_inside_exec_does_not_take_the_exit_code(tmp_path: Path)
     )
     done = subprocess.run([sys.executable, "-m", "interrupted"], cwd=tmp_path, capture_output=True, check=False)
     assert done.returncode == 75, done.stderr
+
+
+def test_an_interruption_that_python_drops_comes_again(tmp_path: Path) -> None:
+    """Raised in a ``__del__`` or in the callback of a weak reference it is "ignored": the command would go on."""
+    (tmp_path / "dropped.py").write_text(
+        "import os, signal, sys, time\n"
+        "import foretune.__main__ as face\n"
+        "class Late:\n"
+        "    def __del__(self):\n"
+        "        os.kill(os.getpid(), signal.SIGTERM)\n"
+        "        for _ in range(1000): pass\n"
+        "def execute(words):\n"
+        "    Late()\n"
+        "    time.sleep(20)\n"
+        "face.execute = execute\n"
+        "sys.exit(face.main(['prepare']))\n"
+    )
+    start = time.monotonic()
+    done = subprocess.run([sys.executable, "dropped.py"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 75, done.stderr
+    assert time.monotonic() - start < 15
+    assert "Traceback" not in done.stderr
