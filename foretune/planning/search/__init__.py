@@ -16,7 +16,7 @@ from foretune.planning.search.candidates import (
     work_for,
 )
 from foretune.planning.search.pins import TILED_FAMILIES, refuse_impossible_pins
-from foretune.planning.search.space import LOSS_CHUNKS, fewest_layers, search_space
+from foretune.planning.search.space import LOSS_CHUNKS, search_space
 
 __all__ = [
     "EQUALLY_FAST",
@@ -27,7 +27,6 @@ __all__ = [
     "evaluate",
     "family_of",
     "fastest",
-    "fewest_layers",
     "refuse_impossible_pins",
     "search_space",
     "work_for",

@@ -108,7 +108,7 @@ def _chunks_and_layers(config: Config, work: Workload, strategy: Strategy, clust
 
     def needed(chunk: int) -> tuple[int | None, bool]:
         one = strategy.but(loss_chunk_tokens=chunk)
-        return _layers_needed(work_for(work, one), one, cluster)
+        return fewest_layers(work_for(work, one), one, cluster)
 
     all_layers, (first, chunk_matters) = work.shape.num_layers, needed(chunks[0])
     pairs = [] if first is None else [(chunks[0], first)]
@@ -309,15 +309,11 @@ def _batches(config: Config, work: Workload, cluster: Cluster) -> Iterator[tuple
         yield size, steps
 
 
-def fewest_layers(work: Workload, strategy: Strategy, cluster: Cluster) -> int | None:
-    """The fewest checkpointed layers that fit the device; None if no number of them does."""
-    return _layers_needed(work, strategy, cluster)[0]
+def fewest_layers(work: Workload, strategy: Strategy, cluster: Cluster) -> tuple[int | None, bool]:
+    """The fewest checkpointed layers that fit the device, None if no number of them does; and whether a smaller chunk
+    of the loss could change that: one phase of a step alone depends on it.
 
-
-def _layers_needed(work: Workload, strategy: Strategy, cluster: Cluster) -> tuple[int | None, bool]:
-    """`fewest_layers`, and whether it is the chunk of the loss that needs so many: one phase alone depends on it.
-
-    From the first layer on, every phase of a step grows by the same for each.
+    From the first layer on, every phase grows by the same for each.
     """
     limit, most = memory.budget(cluster), work.shape.num_layers
 
@@ -325,8 +321,7 @@ def _layers_needed(work: Workload, strategy: Strategy, cluster: Cluster) -> tupl
         by_phase = memory.phases(work, strategy.but(checkpointed_layers=layers), cluster)
         return {name: sum(parts.values()) for name, parts in by_phase.items()}
 
-    with_none = sizes(0)
-    too_large = {name for name, size in with_none.items() if size > limit}
+    too_large = {name for name, size in sizes(0).items() if size > limit}
     if not too_large:
         return 0, False
     with_all = sizes(most)

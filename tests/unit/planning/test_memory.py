@@ -80,7 +80,10 @@ def test_no_layer_recomputes_without_need(work: Workload, strategy: Strategy, ca
         one = replace(strategy, checkpointed_layers=checkpointed)
         return memory.device_memory(work, one, cluster).peak <= memory.budget(cluster)
 
-    assert fewest_layers(work, strategy, cluster) == next((count for count in range(layers + 1) if fits(count)), None)
+    fewest, chunk_matters = fewest_layers(work, strategy, cluster)
+    assert fewest == next((count for count in range(layers + 1) if fits(count)), None)
+    smaller = replace(strategy, loss_chunk_tokens=strategy.loss_chunk_tokens // 4)
+    assert chunk_matters or fewest_layers(work, smaller, cluster)[0] == fewest
 
 
 @given(work=workloads, strategy=strategies, ranks=st.integers(1, 64))
