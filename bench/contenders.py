@@ -21,7 +21,7 @@ from measuring import assignment_of
 
 from foretune.distributed import leave
 
-_ALPHABET = 512
+_ALPHABET, _PAD = 512, 2
 CUDA = torch.cuda.is_available()
 
 
@@ -31,6 +31,9 @@ def rows_of_tokens(spec: dict[str, Any]) -> np.ndarray:
     count = spec["steps"] * spec["rows"]
     tokens = np.empty((count, spec["length"]), dtype=np.int64)
     tokens[:, 0] = generator.integers(0, _ALPHABET, count)
+    # The pad's embedding is zero. At a row's start nothing adds to it, and every norm divides its gradient by √eps:
+    # with adapters it overflowed, with Unsloth and foretune alike.
+    tokens[tokens[:, 0] == _PAD, 0] = _PAD + 1
     for t in range(1, spec["length"]):
         jumps = generator.random(count) < 0.1
         tokens[:, t] = np.where(jumps, generator.integers(0, _ALPHABET, count), (3 * tokens[:, t - 1] + 7) % _ALPHABET)
@@ -45,12 +48,12 @@ def make(folder: Path, seed: int, shape: dict[str, Any]) -> None:
     from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Config
 
     config = Qwen2Config(**shape, max_position_embeddings=32768, rope_theta=1e6, use_sliding_window=False,
-                         bos_token_id=0, eos_token_id=1, pad_token_id=2)  # fmt: skip
+                         bos_token_id=0, eos_token_id=1, pad_token_id=_PAD)  # fmt: skip
     torch.manual_seed(seed)
     with torch.device("cuda" if CUDA else "cpu"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16 if CUDA else torch.float32)
     model.save_pretrained(folder)
-    words = {"<s>": 0, "</s>": 1, "<pad>": 2, "<unk>": 3} | {f"w{i}": i for i in range(4, _ALPHABET)}
+    words = {"<s>": 0, "</s>": 1, "<pad>": _PAD, "<unk>": 3} | {f"w{i}": i for i in range(4, _ALPHABET)}
     inner = Tokenizer(WordLevel(words, unk_token="<unk>"))
     inner.pre_tokenizer = Whitespace()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", eos_token="</s>", pad_token="<pad>",

@@ -1,6 +1,7 @@
 """How long a row can be: full fine-tuning of one shape on one device, tokens per second and peak memory by length.
 
     python bench/long_rows.py [--shape 1.5B] [--lengths 32768,65536,131072] [--variants again,tiled] [--eager]
+    python bench/long_rows.py --memory 78    # on a larger card: as far as torch gets with so much
 
 One row, one document and one micro-batch a step: attention sees the whole length. ZeRO-1, 16-bit weights, fp32 sums and
 master weights, every layer checkpointed, the loss in chunks. `again`: what a layer that is recomputed keeps leaves out
@@ -39,6 +40,9 @@ def run(spec: dict[str, Any], answer: Path) -> None:
     from foretune.training.state import TrainState
 
     device = open_group(rank_info())
+    if spec["memory"] and device.type == "cuda":
+        whole = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, spec["memory"] * 2**30 / whole), device)
     tile = spec["tile"] if spec["variant"] == "tiled" else 0
     engine, facts = build(spec["shape"], bf16_config(1, 1), device=device, learning_rate=LEARNING_RATE,
                           length=max(spec["lengths"]), compiled=not spec["eager"], mlp_rows=tile,
@@ -89,6 +93,7 @@ def main() -> None:
     parser.add_argument("--tile", type=int, default=4096, help="rows of an MLP's tile")
     parser.add_argument("--steps", type=int, default=2, help="of each length, the first of which is not counted")
     parser.add_argument("--eager", action="store_true", help="layers are not compiled")
+    parser.add_argument("--memory", type=float, metavar="GIB", help="that torch may reserve, as on a smaller card")
     parser.add_argument("--minutes", type=float, default=3.0, help="each variant is cut off after this")
     parser.add_argument("--peak-tflops", type=float, default=989.0, help="of the device; an H100 has 989")
     parser.add_argument("--out", type=Path, help="folder of the JSON (default: bench/results)")
@@ -98,7 +103,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as work:
         for variant in asked.variants.split(","):
             spec = {"variant": variant, "shape": SHAPES[asked.shape], "lengths": lengths, "tile": asked.tile,
-                    "steps": asked.steps, "eager": asked.eager}  # fmt: skip
+                    "steps": asked.steps, "eager": asked.eager, "memory": asked.memory}  # fmt: skip
             result = measured_in_a_child(__file__, spec, Path(work), name=variant, timeout_seconds=asked.minutes * 60)
             for length, one in result.get("lengths", {}).items():
                 if "tokens_per_second" in one:
@@ -109,7 +114,8 @@ def main() -> None:
                 print(variant, result["error"], flush=True)
             results[variant] = result
     save_result(f"long-rows-{asked.shape}", {
-        "machine": machine(), "shape": asked.shape, "tile": asked.tile, "results": results,
+        "machine": machine(), "shape": asked.shape, "tile": asked.tile, "memory_gib": asked.memory,
+        "results": results,
     }, folder=asked.out)  # fmt: skip
 
 

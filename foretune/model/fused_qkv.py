@@ -6,10 +6,13 @@
 Key and value are narrow where heads share them: 256 columns of 16,384 rows leave most of an H100 idle, and each of
 three products reads x again, or adds its part of gx to the others' in a pass of its own.
 
-The family's own code computes on from there. It runs in a twin of the attention module, which is given the product in
-place of x; the twin's maps only take their columns of it. So it must read x in these maps and for its shape alone,
-which its source is asked for. The weights are read as one matrix, as they lie in the flat buffers of ZeRO-1
+The family's own code computes on from there. It runs in a twin of the attention module, which is given the product's
+columns in place of x; the twin's maps only take theirs. So it must read x in these maps and for its shape alone, which
+its source is asked for. The weights are read as one matrix, as they lie in the flat buffers of ZeRO-1
 (`foretune.model.weight_sums`). It pays where a compiler fuses the columns into what reads them.
+
+[gq gk gv] is an operator of its own. torch's compiler would compute it in one kernel, in which each element asks all
+three for their part: 0.17 ms for 16,384 x 2,048 on an H200, and nothing was left of what one product saves.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ import copy
 import inspect
 import textwrap
 from types import MethodType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -30,16 +33,49 @@ from foretune.model.weight_sums import SummedLinear, SummedTogether
 MAPS = ("q_proj", "k_proj", "v_proj")
 
 
-class _Columns(torch.nn.Module):
-    """Takes its columns of a product of several maps."""
+class _Columns(NamedTuple):
+    """What a twin is given in place of its input: the shape of the product, and the columns [..., out] of each map."""
 
-    def __init__(self, start: int, end: int) -> None:
+    shape: torch.Size
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+
+
+class _Take(torch.nn.Module):
+    """A twin's map: takes what was computed for it."""
+
+    def __init__(self, name: str) -> None:
         super().__init__()
-        self.start, self.end = start, end
+        self.name = name
 
-    def forward(self, product: torch.Tensor) -> torch.Tensor:
-        """[..., Σ out] → [..., out], apart: kept for backward as a view, it would keep the others too."""
-        return product[..., self.start : self.end].contiguous()
+    def forward(self, columns: _Columns) -> torch.Tensor:
+        """Its columns [..., out]."""
+        taken: torch.Tensor = getattr(columns, self.name)
+        return taken
+
+
+@torch.library.custom_op("foretune::join_columns", mutates_args=())
+def join_columns(pieces: list[torch.Tensor]) -> torch.Tensor:
+    """[..., out] each → [..., Σ out]. See the head of this file."""
+    return torch.cat(pieces, -1)
+
+
+@join_columns.register_fake
+def _(pieces: list[torch.Tensor]) -> torch.Tensor:
+    return pieces[0].new_empty(*pieces[0].shape[:-1], sum(piece.shape[-1] for piece in pieces))
+
+
+class _Split(torch.autograd.Function):
+    """[..., Σ out] → [..., out] each, apart: kept for backward as a view, one would keep the others too."""
+
+    @staticmethod
+    def forward(ctx: Any, product: torch.Tensor, widths: list[int]) -> tuple[torch.Tensor, ...]:
+        return tuple(piece.contiguous() for piece in torch.split(product, widths, -1))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return torch.ops.foretune.join_columns(gradients), None
 
 
 def fuse_qkv(model: Any) -> int:
@@ -60,7 +96,7 @@ def fuse_qkv(model: Any) -> int:
         biases = [one.bias for one in maps if one.bias is not None]
         if allowed[type(module)] and together is not None and len(biases) in {0, len(maps)}:
             module.together = together
-            module.twin = (_twin(module, maps),)  # in a tuple, or its parameters would be the model's a second time
+            module.twin = (_twin(module),)  # in a tuple, or its parameters would be the model's a second time
             module.forward = MethodType(_forward, module)
             count += 1
     return count
@@ -70,14 +106,13 @@ def _has_maps(module: Any) -> bool:
     return "forward" not in vars(module) and all(type(getattr(module, name, None)) is SummedLinear for name in MAPS)
 
 
-def _twin(module: Any, maps: list[SummedLinear]) -> Any:
+def _twin(module: Any) -> Any:
     """Its parts are the module's own, but for the maps."""
-    twin, start = copy.copy(module), 0
+    twin = copy.copy(module)
     twin.training = True
     twin._modules = dict(module._modules)
-    for name, one in zip(MAPS, maps, strict=True):
-        setattr(twin, name, _Columns(start, start + one.out_features))
-        start += one.out_features
+    for name, column in zip(MAPS, _Columns._fields[1:], strict=True):
+        setattr(twin, name, _Take(column))
     return twin
 
 
@@ -86,8 +121,11 @@ def _forward(self: Any, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) 
     # An input without a gradient would leave autograd nothing to go back by: the joined weight has none of its own.
     if not (self.training and torch.is_grad_enabled() and hidden_states.requires_grad):
         return plain(self, hidden_states, *args, **kwargs)
-    bias = None if self.q_proj.bias is None else torch.cat([self.q_proj.bias, self.k_proj.bias, self.v_proj.bias])
-    return plain(self.twin[0], self.together(hidden_states, bias), *args, **kwargs)
+    maps = [self.q_proj, self.k_proj, self.v_proj]
+    bias = None if self.q_proj.bias is None else torch.cat([one.bias for one in maps])
+    product = self.together(hidden_states, bias)
+    pieces = _Split.apply(product, [one.out_features for one in maps])  # type: ignore[no-untyped-call]
+    return plain(self.twin[0], _Columns(product.shape, *pieces), *args, **kwargs)
 
 
 def _reads_input_in_maps_only(kind: type) -> bool:
