@@ -60,17 +60,9 @@ def gated_backward(
     down_filled: torch.Tensor,
 ) -> torch.Tensor:
     """The gradient of before [T, 2 i] from that of the output [T, h]; that of down is added to its `GradientSum`."""
-    into = GradientSum(down_total, down_filled)
-    if not quack_kernels.takes(gradient):
-        d_before, product = _gated_backward(gradient, down, before)
-        into.add_product(gradient.T, product)
-        return d_before
-    d_before, product = quack_kernels.gated_backward(gradient, down, before)
-    if down_total.dtype == torch.float32:
-        quack_kernels.add_gradient(down_total, gradient, product, overwrite=into.is_new)
-        down_filled.fill_(True)
-    else:
-        into.add_product(gradient.T, product)
+    compute = quack_kernels.gated_backward if quack_kernels.takes(gradient) else _gated_backward
+    d_before, product = compute(gradient, down, before)
+    GradientSum(down_total, down_filled).add_product(gradient.T, product)
     return d_before
 
 

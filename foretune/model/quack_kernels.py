@@ -75,11 +75,6 @@ def add_joined_gradient(total: torch.Tensor, d_before: torch.Tensor, hidden: tor
     _product(d_before.T, hidden, total, ("out",), add=not overwrite)
 
 
-def add_gradient(total: torch.Tensor, gradient: torch.Tensor, hidden: torch.Tensor, *, overwrite: bool) -> None:
-    """float32 total [m, n] (+)= gradient [T, m]ᵀ hidden [T, n]."""
-    _product(gradient.T, hidden, total, (), add=not overwrite)
-
-
 def _product(
     left: torch.Tensor, right: torch.Tensor, out: torch.Tensor, halves: tuple[str, ...], *, add: bool = False
 ) -> None:
@@ -90,7 +85,7 @@ def _product(
     """
     kernels = _kernels()
     kernels.gemm_tuned.fn(
-        left, right, out, config=kernels.wide, add_to_output=add, dynamic_scheduler=True, concat_layout=halves or None
+        left, right, out, config=kernels.wide, add_to_output=add, dynamic_scheduler=True, concat_layout=halves
     )
 
 
