@@ -93,8 +93,9 @@ class DocumentStore:
 
 
 def _list_arrays(column: Any) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-    """Offsets and values of a list<int32> column as numpy views."""
-    return column.offsets.to_numpy(), column.values.to_numpy()
+    """Offsets and values of a list<int32> column as numpy views (`to_numpy` would import pandas, half a second)."""
+    offsets, values = (np.from_dlpack(array).view(np.int32) for array in (column.offsets, column.values))
+    return offsets, values
 
 
 class Loader:
