@@ -13,7 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -94,8 +94,8 @@ class DocumentStore:
 
 def _list_arrays(column: Any) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
     """Offsets and values of a list<int32> column as numpy views (`to_numpy` would import pandas, half a second)."""
-    offsets, values = (np.from_dlpack(array).view(np.int32) for array in (column.offsets, column.values))
-    return offsets, values
+    offsets, values = np.from_dlpack(column.offsets), np.from_dlpack(column.values)
+    return cast("NDArray[np.int32]", offsets), cast("NDArray[np.int32]", values)
 
 
 class Loader:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import uuid
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch.distributed.elastic.agent.server.api import (
     RunResult,
@@ -20,8 +20,7 @@ from torch.distributed.elastic.agent.server.api import (
 from torch.distributed.elastic.rendezvous import RendezvousParameters
 from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 
-if TYPE_CHECKING:
-    from foretune.training.agent import Spare
+from foretune.training.spare_process import Spare
 
 #: How often the ranks are looked at, seconds.
 _MONITOR_SECONDS = 0.03
@@ -90,7 +89,7 @@ class WarmAgent(SimpleElasticAgent):
 
 
 def launch(spare: Spare, *, ranks: int, arguments: list[str]) -> dict[str, Any]:
-    """Run ranks on this machine until all have ended; returns what is said of it, see the head of this file."""
+    """Run ranks on this machine until all have ended; returns what `foretune.training.agent` says of it."""
     handler = get_rendezvous_handler(
         RendezvousParameters(
             backend="c10d",

@@ -2,8 +2,9 @@
 
     python -m foretune.training.spare RUN
 
-in (stdin): one JSON line a launch, ``{"ranks": [{"environment": {...}, "arguments": [...]}, ...]}``; it may wait there
-out (stdout): ``{"started": [pid, ...]}`` and ``{"exited": [pid, code]}``; a negative code is a signal's number
+in (stdin): one JSON line a launch, ``{"ranks": [{"environment": {...}, "arguments": [...]}, ...]}``
+out (stdout): ``{"ready": true}``, then ``{"started": [pid, ...]}`` and ``{"exited": [pid, code]}``; a negative code is
+a signal's number.
 
 Imports cost 5 s a process, a fork milliseconds: ranks are back that much sooner after a fault, and several ranks share
 one import. It must stay single-threaded and must never touch the GPU: a forked process can't use CUDA once its parent
@@ -30,7 +31,7 @@ _POLL_SECONDS = 0.02
 
 
 def main() -> None:
-    """Import, and serve until stdin closes."""
+    """Import, say so, and serve until stdin closes."""
     die_with_parent()
     say = messages_alone_on_stdout()
     gc.disable()  # what is imported stays: looking through it, again and again, took a fifth of the time
@@ -38,6 +39,7 @@ def main() -> None:
     gc.collect()
     gc.freeze()  # the collector would otherwise write to, and so copy, every inherited page
     gc.enable()
+    say({"ready": True})
     living: set[int] = set()
     selector = selectors.DefaultSelector()
     selector.register(sys.stdin.fileno(), selectors.EVENT_READ)

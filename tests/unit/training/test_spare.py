@@ -5,6 +5,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+from foretune.training.spare_process import Spare
+
 SCRIPT = """
 import sys
 sys.modules["tensorboard"] = None  # as where the extra is not installed
@@ -16,7 +20,7 @@ spare.main()
 """
 
 
-def test_it_forks_ranks_that_end_with_their_codes(tmp_path: Path) -> None:
+def test_it_says_ready_and_forks_ranks_that_end_with_their_codes(tmp_path: Path) -> None:
     process = subprocess.Popen(
         [sys.executable, "-c", SCRIPT.format(run=str(tmp_path))],
         stdin=subprocess.PIPE,
@@ -26,6 +30,7 @@ def test_it_forks_ranks_that_end_with_their_codes(tmp_path: Path) -> None:
     assert process.stdin is not None
     assert process.stdout is not None
     try:
+        assert json.loads(process.stdout.readline()) == {"ready": True}
         ranks = [{"environment": {"RANK": str(rank)}, "arguments": [str(code)]} for rank, code in enumerate((0, 7))]
         process.stdin.write(json.dumps({"ranks": ranks}) + "\n")
         process.stdin.flush()
@@ -43,6 +48,15 @@ def test_the_agent_does_not_import_torch_before_it_starts_the_spare() -> None:
     code = "import sys, foretune.training.agent; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["False"]
+
+
+def test_a_spare_that_ends_while_it_imports_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = tmp_path / "python"
+    broken.write_text("#!/bin/sh\nexit 7\n")
+    broken.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(broken))
+    with pytest.raises(RuntimeError, match="ended with 7"):
+        Spare(str(tmp_path)).wait_until_ready()
 
 
 LATE = """
