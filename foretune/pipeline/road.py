@@ -208,7 +208,9 @@ class _Road:
         """Train to the last step of the plan; returns the last checkpoint."""
         from foretune import launch
 
-        found = store.newest_complete(self.run.checkpoints)
+        newest = next(iter(layout.complete_steps(self.run.checkpoints)), 0)
+        # One to go on from is verified by the ranks, while their engine is built: gigabytes are not read twice.
+        found = store.newest_complete(self.run.checkpoints) if newest >= plan.total_steps else None
         if found is not None and found[1].step >= plan.total_steps:
             self.tell(EventKind.STAGE_SKIPPED, stage="train", reason=f"already done: {found[1].step} steps")
             return found[0]
@@ -220,13 +222,12 @@ class _Road:
             except TrainingStopped:
                 self.report()  # what is worth reading most
                 raise
-            found = store.newest_complete(self.run.checkpoints)
-            assert found is not None, "training ended well and left no checkpoint"
+            last = layout.complete_steps(self.run.checkpoints)[0]  # verified by the launcher
             self._compare_with(plan, began)
-            self._tell_best(found[1].step)
+            self._tell_best(last)
             loss = self.loss()
-            done(f"{found[1].step} steps" + ("" if loss is None else f" · loss {loss_text(loss)}"))
-        return found[0]
+            done(f"{last} steps" + ("" if loss is None else f" · loss {loss_text(loss)}"))
+        return layout.folder_of(self.run.checkpoints, last)
 
     def evaluate(self, prepared: PreparedDataset, checkpoint: Path) -> EvaluationReport | None:
         if prepared.validation_documents == 0:

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
+from foretune import launch
 from foretune.artifacts import Checkpoint, Plan, RunFolder
-from foretune.checkpoint import layout
+from foretune.checkpoint import layout, store
 from foretune.config import parse_config, to_yaml
 from foretune.errors import UserError
 from foretune.events import EventKind, Journal
@@ -100,3 +101,30 @@ def test_a_complete_training_keeps_its_plan(road: _Road) -> None:
     kept = road._plan_on_disk(Path("Qwen2.5-7B"), elsewhere)
     assert kept is not None
     assert kept.world_size == 4
+
+
+def test_training_does_not_read_checkpoints_that_others_verify(
+    road: _Road, told: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Reading back all of a 1.5B training took half a minute: the ranks do so before they go on, the launcher at the
+    end. A command that finds a complete training reads it itself."""
+    plan = begun(road, zero_stage=2)
+
+    def trained(run: RunFolder, plan: Plan, *_: Any, **__: Any) -> None:
+        begun(road, step=plan.total_steps, zero_stage=2)
+
+    verified: list[str] = []
+
+    def verify(folder: Path) -> Checkpoint:
+        verified.append(folder.name)
+        return Checkpoint.read(folder / layout.MANIFEST)
+
+    monkeypatch.setattr(launch, "train", trained)
+    monkeypatch.setattr(store, "verify", verify)
+    last = layout.folder_of(road.run.checkpoints, plan.total_steps)
+    assert road.train(plan) == last
+    assert told[-1]["kind"] == EventKind.STAGE_FINISHED
+    assert not verified
+    assert road.train(plan) == last
+    assert told[-1]["kind"] == EventKind.STAGE_SKIPPED
+    assert verified == [last.name]
