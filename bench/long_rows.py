@@ -1,7 +1,7 @@
 """How long a row can be: full fine-tuning of one shape on one device, tokens per second and peak memory by length.
 
     python bench/long_rows.py [--shape 1.5B] [--lengths 32768,65536,131072] [--variants again,tiled] [--eager]
-    python bench/long_rows.py --memory 78    # on a larger card: as far as torch gets with so much
+    python bench/long_rows.py --memory 77    # on a larger card: as far as torch gets with so much
 
 One row, one document and one micro-batch a step: attention sees the whole length. ZeRO-1, 16-bit weights, fp32 sums and
 master weights, every layer checkpointed, the loss in chunks. `again`: what a layer that is recomputed keeps leaves out

@@ -52,3 +52,8 @@ def complete_steps(checkpoints: Path) -> list[int]:
         return []
     matches = (_COMPLETE.fullmatch(path.name) for path in checkpoints.iterdir() if path.is_dir())
     return sorted((int(match[1]) for match in matches if match), reverse=True)
+
+
+def newest_step(checkpoints: Path) -> int:
+    """The step of the newest complete checkpoint, unverified; 0 without one."""
+    return next(iter(complete_steps(checkpoints)), 0)

@@ -181,7 +181,7 @@ class _Supervisor:
             raise Preempted(outcomes[0].step or 0)
         if run.stop_request.exists() and "bug" not in statuses:
             # The second Ctrl-C, or a failure while stopping: the work since the last checkpoint is gone.
-            raise Preempted(self._saved_step())
+            raise Preempted(layout.newest_step(self.run.checkpoints))
         if hang is not None:
             detail = f"it did not move for {hang.seconds:.0f} s in {hang.phase}: {hang.where}"
             return Failure(Cause.HANG, detail, rank=hang.rank, step=hang.step, phase=hang.phase)
@@ -211,19 +211,15 @@ class _Supervisor:
             self.run.pass_over(failure.step)
         self._tell(EventKind.RECOVERY, action=action.kind, why=action.why, wait_seconds=action.wait_seconds)
         if action.kind == "stop":
-            saved = self._saved_step()
+            saved = layout.newest_step(self.run.checkpoints)
             last = str(layout.folder_of(self.run.checkpoints, saved)) if saved else None
             cause = f"{failure.detail}; {action.why}"
             raise TrainingStopped(cause, rank=failure.rank, step=failure.step, last_checkpoint=last)
         deadline = time.monotonic() + action.wait_seconds
         while time.monotonic() < deadline:
             if self.run.stop_request.exists():
-                raise Preempted(self._saved_step())
+                raise Preempted(layout.newest_step(self.run.checkpoints))
             time.sleep(_POLL_SECONDS)
-
-    def _saved_step(self) -> int:
-        """The step of the newest complete checkpoint, 0 without one."""
-        return next(iter(layout.complete_steps(self.run.checkpoints)), 0)
 
     def _check_last_checkpoint(self) -> None:
         """Training that ended well has its last checkpoint on disk; a full disk may have prevented it."""

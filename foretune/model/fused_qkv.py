@@ -37,9 +37,9 @@ class _Columns(NamedTuple):
     """What a twin is given in place of its input: the shape of the product, and the columns [..., out] of each map."""
 
     shape: torch.Size
-    query: torch.Tensor
-    key: torch.Tensor
-    value: torch.Tensor
+    q_proj: torch.Tensor
+    k_proj: torch.Tensor
+    v_proj: torch.Tensor
 
 
 class _Take(torch.nn.Module):
@@ -111,8 +111,8 @@ def _twin(module: Any) -> Any:
     twin = copy.copy(module)
     twin.training = True
     twin._modules = dict(module._modules)
-    for name, column in zip(MAPS, _Columns._fields[1:], strict=True):
-        setattr(twin, name, _Take(column))
+    for name in MAPS:
+        setattr(twin, name, _Take(name))
     return twin
 
 

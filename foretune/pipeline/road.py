@@ -208,9 +208,9 @@ class _Road:
         """Train to the last step of the plan; returns the last checkpoint."""
         from foretune import launch
 
-        newest = next(iter(layout.complete_steps(self.run.checkpoints)), 0)
         # One to go on from is verified by the ranks, while their engine is built: gigabytes are not read twice.
-        found = store.newest_complete(self.run.checkpoints) if newest >= plan.total_steps else None
+        is_there = layout.newest_step(self.run.checkpoints) >= plan.total_steps
+        found = store.newest_complete(self.run.checkpoints) if is_there else None
         if found is not None and found[1].step >= plan.total_steps:
             self.tell(EventKind.STAGE_SKIPPED, stage="train", reason=f"already done: {found[1].step} steps")
             return found[0]
@@ -222,7 +222,7 @@ class _Road:
             except TrainingStopped:
                 self.report()  # what is worth reading most
                 raise
-            last = layout.complete_steps(self.run.checkpoints)[0]  # verified by the launcher
+            last = layout.newest_step(self.run.checkpoints)  # verified by the launcher
             self._compare_with(plan, began)
             self._tell_best(last)
             loss = self.loss()

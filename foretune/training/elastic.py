@@ -25,8 +25,6 @@ from foretune.training.spare_process import Spare
 #: How often the ranks are looked at, seconds.
 _MONITOR_SECONDS = 0.03
 
-logging.getLogger("torch.distributed.elastic").setLevel(logging.WARNING)
-
 
 class WarmAgent(SimpleElasticAgent):
     """`SimpleElasticAgent` whose workers are forks of a warm process."""
@@ -90,6 +88,7 @@ class WarmAgent(SimpleElasticAgent):
 
 def launch(spare: Spare, *, ranks: int, arguments: list[str]) -> dict[str, Any]:
     """Run ranks on this machine until all have ended; returns what `foretune.training.agent` says of it."""
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.WARNING)
     handler = get_rendezvous_handler(
         RendezvousParameters(
             backend="c10d",

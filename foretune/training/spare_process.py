@@ -16,11 +16,7 @@ from typing import Any
 
 
 class Spare:
-    """The warm process and what it says.
-
-    Raises:
-        RuntimeError: by any method, once it has ended.
-    """
+    """The warm process and what it says. Whoever listens for that gets a RuntimeError once it has ended."""
 
     def __init__(self, run: str) -> None:
         self._process = subprocess.Popen(
@@ -29,6 +25,7 @@ class Spare:
         assert self._process.stdout is not None
         os.set_blocking(self._process.stdout.fileno(), False)
         self._pending = b""
+        self._ready = False
         self._started: list[int] = []
         self._exits: dict[int, int] = {}
 
@@ -63,14 +60,9 @@ class Spare:
             self._listen()
             time.sleep(0.01)
 
-    _ready = False
-
     def _listen(self) -> None:
-        assert self._process.stdin is not None
         assert self._process.stdout is not None
         if self._process.poll() is not None:
-            self._process.stdin.close()
-            self._process.stdout.close()
             raise RuntimeError(f"the spare process ended with {self._process.returncode}")
         data = self._process.stdout.read()
         if not data:

@@ -55,8 +55,12 @@ def test_a_spare_that_ends_while_it_imports_is_noticed(tmp_path: Path, monkeypat
     broken.write_text("#!/bin/sh\nexit 7\n")
     broken.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(broken))
+    spare = Spare(str(tmp_path))
     with pytest.raises(RuntimeError, match="ended with 7"):
-        Spare(str(tmp_path)).wait_until_ready()
+        spare.wait_until_ready()
+    for pipe in (spare._process.stdin, spare._process.stdout):
+        assert pipe is not None
+        pipe.close()
 
 
 LATE = """
