@@ -47,7 +47,11 @@ def import_late_modules() -> None:
 
     (Not its operators' builders: they would ask the GPU for its kind.)
     """
-    import deepspeed.module_inject.auto_ep_layer  # noqa: F401
+    import deepspeed.module_inject.auto_ep_layer
+    from deepspeed.compile.util import is_deepcompile_supported
+
+    if is_deepcompile_supported():  # on a GPU: every engine imports it, used or not
+        import deepspeed.compile.backend  # noqa: F401  # 1 s
 
 
 def _free_port() -> int:

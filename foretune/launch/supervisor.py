@@ -39,6 +39,8 @@ from foretune.launch.policy import Action, Policy
 _POLL_SECONDS = 0.05
 #: Of the host memory that is free, what snapshots may take.
 _SNAPSHOT_SHARE = 0.5
+#: What torch compiled for ranks, from one start to the next.
+_COMPILED = Path.home() / ".cache" / "foretune" / "compiled"
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 EventSink = Callable[[dict[str, Any]], None]
@@ -313,6 +315,8 @@ def _environment(plan: Plan) -> dict[str, str]:
         environment.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what deterministic algorithms need
         # Asking the driver itself would keep the forked ranks from using the GPU.
         environment["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
+        # For torch's compiler. Its own choice is below /tmp, and it makes it as soon as it is imported.
+        environment.setdefault("TORCHINDUCTOR_CACHE_DIR", str(_COMPILED))
     return environment
 
 

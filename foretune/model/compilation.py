@@ -4,7 +4,8 @@
                      └──otherwise──────────────▶ as it was: probes, evaluation and generation have other shapes
 
 All layers of a class share one compiled function, so a model costs the compilation of one layer, or of two where some
-layers recompute. What was compiled is kept on disk by torch, in a folder of ours, and found again by the next start.
+layers recompute. What was compiled is kept on disk by torch, in the folder that the launcher names
+(TORCHINDUCTOR_CACHE_DIR), and found again by the next start.
 What it fuses (measured where the time of a micro-step goes: docs/speed.md): norms, rotary embeddings, SwiGLU, residual
 sums, dtype casts.
 
@@ -16,6 +17,7 @@ kept products, 38 KB a token and layer of the 1.5B shape.)
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import os
 import shutil
@@ -34,8 +36,6 @@ from torch.utils.checkpoint import create_selective_checkpoint_contexts
 from foretune.model.attention import OUTPUTS
 from foretune.model.layers import decoder_layers
 from foretune.model.tiling import has_tiles
-
-CACHE = Path.home() / ".cache" / "foretune" / "compiled"
 
 
 def refusal(device: torch.device) -> str | None:
@@ -57,7 +57,6 @@ def compile_layers(
     recompute_pointwise: bool = False,
     keep_attention: bool = False,
     backend: str = "inductor",
-    cache: Path = CACHE,
 ) -> int:
     """Compile the decoder layers of a transformers model, adapted or not, whose parameters are whole (not ZeRO-3).
 
@@ -67,13 +66,11 @@ def compile_layers(
         recompute_pointwise: keep nothing that a fused kernel can make again from what is kept: what the norms give to
             the linear maps, and gated products. A third less is kept, for one more write each in backward.
         keep_attention: layers that recompute keep what packed attention gave them, and do not compute it again.
-        cache: folder in which torch keeps compiled code from one start to the next.
 
     Returns:
         How many layers; 0 for a family without decoder layers that transformers can name.
     """
-    # torch reads where its cache is from here alone; a user's own choice is kept.
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache))
+    _keep_traces()
     _keep_products(not recompute_pointwise)
     layers = decoder_layers(model)
     compiled: dict[tuple[type, bool], Callable[..., Any]] = {}
@@ -94,6 +91,17 @@ def compile_layers(
     return len(layers)
 
 
+def _keep_traces() -> None:
+    """Of the whole process: what autograd traced of a layer is kept on disk too, though it calls functions of our own.
+
+    torch leaves such layers out unless it is told otherwise, since it can't know what a function depends on. Ours
+    depend on their arguments and on the code of this folder, which becomes a part of the key.
+    """
+    functorch_config.autograd_cache_allow_custom_autograd_functions = True
+    code = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py"))))
+    torch.compiler.config.cache_key_tag = os.environ.get("TORCH_COMPILE_CACHE_KEY_TAG", "") + code.hexdigest()
+
+
 def _keep_products(keep: bool) -> None:
     """Of the whole process: torch cuts a layer's graph in two at its first call.
 
@@ -110,6 +118,13 @@ def compiled_graphs() -> int:
     from torch._dynamo.utils import counters
 
     return int(counters["stats"]["unique_graphs"])
+
+
+def found_graphs() -> int:
+    """Of the graphs that this process compiled, how many were found on disk, traced and compiled by an earlier one."""
+    from torch._dynamo.utils import counters
+
+    return int(counters["aot_autograd"]["autograd_cache_hit"])
 
 
 def _plain_forward(layer_class: type) -> Callable[..., Any]:

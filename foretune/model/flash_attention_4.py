@@ -29,11 +29,14 @@ VERSION = "4.0.0b36"
 _HEADS, _DEVICES = (64, 128), (9, 10)
 
 
+def is_there(device: torch.device) -> bool:
+    """Whether it can be used on this device: Hopper or data-centre Blackwell, installed. It is imported then."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] in _DEVICES and _kernels() is not None
+
+
 def takes(query: torch.Tensor) -> bool:
-    """Whether it computes this query [T, heads, d]: installed, Hopper or data-centre Blackwell, a known head size."""
-    if query.shape[-1] not in _HEADS or not query.is_cuda:
-        return False
-    return torch.cuda.get_device_capability(query.device)[0] in _DEVICES and _kernels() is not None
+    """Whether it computes this query [T, heads, d]: a known head size, and it is there."""
+    return query.shape[-1] in _HEADS and is_there(query.device)
 
 
 def forward(  # noqa: PLR0917 (as the operator has them)

@@ -29,6 +29,7 @@ from foretune.training.kernels import (
     apply_compilation,
     apply_fp8,
     apply_weight_sums,
+    importing_kernels,
     may_compile,
 )
 from foretune.training.loop import Hook
@@ -43,6 +44,11 @@ _MOST_HELD_OUT_ROWS = 512
 
 def build_engine(assignment: Assignment, device: torch.device) -> tuple[DeepSpeedEngine, Any]:
     """Engine and model, in the one order that works: configuration, weights, adapters, loss, optimizer, DeepSpeed."""
+    with importing_kernels(assignment.plan, device):
+        return _build_engine(assignment, device)
+
+
+def _build_engine(assignment: Assignment, device: torch.device) -> tuple[DeepSpeedEngine, Any]:
     config, plan = assignment.config, assignment.plan
     folder = Path(plan.model)
     model_config = loading.load_config(folder, trust_remote_code=config.trust_remote_code)

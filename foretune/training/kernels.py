@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import gc
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 
+from foretune.artifacts import Plan
 from foretune.engine import DeepSpeedEngine
 from foretune.errors import UserError
 from foretune.events import EventKind, Journal
-from foretune.model import attention, compilation, fp8, quack_kernels
+from foretune.model import attention, compilation, flash_attention_4, fp8, quack_kernels
 from foretune.model.fused_qkv import fuse_qkv
 from foretune.model.gated_mlp import fuse_mlps
 from foretune.model.layers import decoder_layers
@@ -20,6 +25,33 @@ from foretune.training.state import TrainState
 
 #: Steps of a launch in which compiling is expected.
 _WARM_UP = 2
+
+
+@contextmanager
+def importing_kernels(plan: Plan, device: torch.device) -> Iterator[None]:
+    """Within, a thread imports the libraries of kernels that are planned and that this device takes: 2 to 4 s.
+
+    For the time in which the engine is built, which waits for files and for the device. (Not in the warm spare: they
+    ask the device for its kind as they are imported. And nothing that the main thread imports at the time: two threads
+    that meet inside modules which import each other find them half made.)
+    """
+
+    def import_all() -> None:
+        gc.disable()  # as in `foretune.training.spare`
+        try:
+            if plan.compile_layers:
+                quack_kernels.refusal(device)
+            if plan.attention == "packed":
+                flash_attention_4.is_there(device)
+        finally:
+            gc.enable()
+
+    thread = threading.Thread(target=import_all)
+    thread.start()
+    try:
+        yield
+    finally:
+        thread.join()
 
 
 def apply_attention(assignment: Assignment, model: Any, device: torch.device) -> None:
@@ -97,7 +129,8 @@ class CompileHook:
         graphs = compilation.compiled_graphs()
         self._steps += 1
         if self._steps == _WARM_UP:
-            self._journal.write(EventKind.NOTE, message=f"compiled {graphs} graphs in {_WARM_UP} steps")
+            found = f"{compilation.found_graphs()} of them found on disk"
+            self._journal.write(EventKind.NOTE, message=f"compiled {graphs} graphs in {_WARM_UP} steps, {found}")
         elif self._steps > _WARM_UP and graphs > self._graphs:
             more = graphs - self._graphs
             self._journal.write(EventKind.NOTE, message=f"compiled {more} more graphs in step {report.step}")

@@ -1,4 +1,7 @@
-"""The whole road on a GPU, a model of the Qwen2.5-0.5B shape (random weights): full and LoRA, ZeRO-1 to 3, fp16."""
+"""The whole road on a GPU, a model of the Qwen2.5-0.5B shape (random weights): full and LoRA, ZeRO-1 to 3, fp16.
+
+And that what was compiled is found again by the next start.
+"""
 
 import json
 import os
@@ -111,3 +114,30 @@ def test_the_road_holds(
         "difference": round(report.difference, 3),
     }
     print("FIGURES " + json.dumps(figures))
+
+
+def test_a_second_start_compiles_nothing(model: Path, data: Path, tmp_path: Path) -> None:
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HOME": str(tmp_path)}
+    environment.pop("TORCHINDUCTOR_CACHE_DIR", None)
+    sets = ["plan.zero_stage=1", "plan.compile=true", "train.max_steps=3", "train.max_length=1024"]
+    sets += ["train.global_batch_size=16", "evaluate.validation=0"]
+    losses, kept = [], []
+    for out in (tmp_path / "first", tmp_path / "second"):
+        arguments = [
+            sys.executable, "-m", "foretune", "train", "--model", str(model), "--data", str(data), "--out", str(out)
+        ]  # fmt: skip
+        arguments += [part for item in sets for part in ("--set", item)]
+        done = subprocess.run(arguments, capture_output=True, text=True, timeout=400, env=environment)
+        assert done.returncode == 0, done.stderr[-3000:]
+        events = list(read_events(out / "events.jsonl"))
+        losses.append([event["loss"] for event in events if event["kind"] == EventKind.STEP])
+        cache = tmp_path / ".cache" / "foretune" / "compiled"
+        # Traces of autograd, graphs, and the folder of the kernels' code.
+        kept.append({str(file.relative_to(cache)) for file in cache.rglob("*") if file.is_file()})
+        traced = next(event["seconds"] for event in events if event["kind"] == EventKind.STEP)
+        notes = [event["message"] for event in events if event["kind"] == EventKind.NOTE]
+        (compiled,) = (note for note in notes if note.startswith("compiled"))
+        print(f"FIGURES first step {traced:.1f} s, {len(kept[-1])} files, {compiled}")
+    assert losses[0] == losses[1]
+    assert any(name.startswith("aotautograd") for name in kept[0])
+    assert kept[0] == kept[1]

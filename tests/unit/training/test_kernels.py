@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import threading
+from contextlib import suppress
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,7 +14,31 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from foretune.model import attention, compilation
 from foretune.training import kernels
-from foretune.training.kernels import apply_compilation, apply_weight_sums
+from foretune.training.kernels import apply_compilation, apply_weight_sums, importing_kernels
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize("packed", [True, False])
+def test_planned_kernels_are_imported_beside_what_is_done(
+    compiled: bool, packed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And are there afterwards, also where what is done fails."""
+    go_on, imported = threading.Event(), []
+
+    def imports(name: str) -> bool:
+        assert go_on.wait(10)
+        imported.append((name, threading.current_thread() is threading.main_thread(), gc.isenabled()))
+        return False
+
+    monkeypatch.setattr(kernels.quack_kernels, "refusal", lambda device: imports("quack"))
+    monkeypatch.setattr(kernels.flash_attention_4, "is_there", lambda device: imports("flash"))
+    plan: Any = SimpleNamespace(compile_layers=compiled, attention="packed" if packed else "sdpa")
+    with suppress(KeyError), importing_kernels(plan, torch.device("cpu")):
+        assert not imported
+        go_on.set()
+        raise KeyError
+    assert imported == [(name, False, False) for name, one in (("quack", compiled), ("flash", packed)) if one]
+    assert gc.isenabled()
 
 
 @pytest.mark.parametrize("packed", [True, False])
