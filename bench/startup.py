@@ -179,6 +179,7 @@ def shaped(shape: str, repeats: int, out: Path | None) -> None:
 
 def main() -> None:
     """Alternate the contenders and print medians."""
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # an installed package has its modules compiled
     if sys.argv[1] == "--bare":
         bare(Path(sys.argv[2]), Path(sys.argv[3]))
         leave()

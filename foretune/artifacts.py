@@ -261,6 +261,7 @@ class Plan(Artifact):
     sum_in_matmul: bool = False  # weight gradients are added to their fp32 sums inside the product
     fused_mlp: bool = False  # gated MLPs with their activation inside the products
     fused_qkv: bool = False  # query, key and value by one product
+    vectors_apart: bool = False  # the optimizer has a group for vectors, decay or not; a training keeps its groups
     mlp_tile_rows: int = 0  # rows of an MLP that exist at a time; 0: all
     recompute_pointwise: bool = False  # compiled layers make norms' outputs and gated products again in backward
     keep_attention: bool = False  # compiled layers that recompute keep attention's output

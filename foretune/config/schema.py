@@ -178,7 +178,7 @@ class PlanConfig(Section):
     ] = "auto"
     fused_qkv: Annotated[
         bool | Auto,
-        Field(description="query, key and value by one product (compiled layers; where sums are inside); auto: no"),
+        Field(description="query, key and value by one product (compiled layers; where sums are inside)"),
     ] = "auto"
 
 

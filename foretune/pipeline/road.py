@@ -51,7 +51,6 @@ _TIED = (
     "precision",
     "optimizer_dtype",
     "gradient_accumulation_dtype",
-    "fused_qkv",  # which groups the optimizer has
     "method",
     "global_batch_size",
     "max_length",
@@ -195,8 +194,14 @@ class _Road:
             if plan is not None:
                 done(plan_summary(plan), skipped=True)
                 return plan
+            begun = self._plan_begun()
             plan = planning.make_plan(
-                self._as_begun(), model_folder=model, cluster=cluster, prepared=prepared, calibration=self.calibration
+                self._as_begun(),
+                model_folder=model,
+                cluster=cluster,
+                prepared=prepared,
+                calibration=self.calibration,
+                vectors_apart=None if begun is None else begun.vectors_apart,
             )
             self._refuse_other_plan(plan)
             self._refuse_small_disk(plan)
@@ -349,7 +354,7 @@ class _Road:
         if before is None:
             return self.config
         asked = self.config.plan
-        of_states = ("optimizer_dtype", "gradient_accumulation_dtype", "fused_qkv")
+        of_states = ("optimizer_dtype", "gradient_accumulation_dtype")
         names = [name for name in of_states if getattr(asked, name) == "auto"]
         kept = {name: getattr(before, name) for name in names}
         return self.config.model_copy(update={"plan": asked.model_copy(update=kept)})

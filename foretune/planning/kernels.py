@@ -30,6 +30,11 @@ FUSED_MLP_TOKENS = 16384
 FUSING_SECONDS = 50.0
 #: What the first step takes longer where layers are compiled: 12-15 s on an H100 (1.5B), 3 s once it is on disk.
 COMPILING_SECONDS = 15.0
+#: Columns of key and value together up to which one product for all three is chosen unasked: of the 1.5B shape's 512
+#: (two heads of 128 each), a step is 0.6 % shorter on an H200. Wider ones keep a GPU busy by themselves.
+NARROW_COLUMNS = 512
+#: Families whose attention is known to take it (`foretune.model.fused_qkv`); others try where it is asked for.
+ONE_INPUT = {"llama", "mistral", "qwen2", "qwen3"}
 NO_SUMS_APART = "gradients have no fp32 sums of their own here, as they have at ZeRO-1 with bf16"
 NO_SUMS_INSIDE = "gradients are not summed inside products, which it is written for"
 TILES_SUM = "tiles of an MLP sum the gradients of its weights themselves"
@@ -254,21 +259,33 @@ def refuse_fused_qkv(config: Config, work: Workload) -> None:
         raise UserError("plan.fused_qkv", True, NO_SUMS_INSIDE, "remove the key")
 
 
-def choose_fused_qkv(config: Config, work: Workload, strategy: Strategy) -> Decision:
-    """Query, key and value by one product: only if asked for.
-
-    It gains 0.6 % (1.5B on an H200), and the optimizer's groups are others for it: a training that has begun must keep
-    it on whatever machine it goes on.
+def choose_fused_qkv(config: Config, work: Workload, strategy: Strategy, *, vectors_apart: bool | None) -> Decision:
+    """Query, key and value by one product, where key and value are narrow; asked for, wherever it can be.
 
     What is asked for has been refused before the search (`refuse_fused_qkv`), or has narrowed it.
+
+    Args:
+        vectors_apart: `Plan.vectors_apart` of a training that has begun; None before.
+
+    Raises:
+        UserError: (field ``plan.fused_qkv``) asked for where it cannot be.
     """
-    asked, field = config.plan.fused_qkv, "plan.fused_qkv"
+    asked, field, shape = config.plan.fused_qkv, "plan.fused_qkv", work.shape
     obstacle = None if work.compiled else "layers are not compiled"
     if obstacle is None and not sums_inside(work, strategy):
         obstacle = NO_SUMS_INSIDE
-    if asked is True and obstacle:  # by tiles that are asked for too
+    if obstacle is None and vectors_apart is False and not config.train.weight_decay:
+        obstacle = "this training began with biases between the weights in the optimizer's memory, and keeps them there"
+    if asked is True and obstacle:
         raise UserError(field, asked, obstacle, "remove the key")
     if asked != "auto":
         return Decision(field=field, value=asked, reason="as set", pinned=True)
-    reason = obstacle or "not chosen by itself: 0.6 % at 1.5B, and a training that begins with it must keep it"
-    return Decision(field=field, value=False, reason=reason)
+    columns = 2 * shape.num_key_value_heads * shape.head_dim
+    if obstacle is None and shape.family not in ONE_INPUT:
+        obstacle = f"not tried with this family ({shape.family})"
+    if obstacle is None and columns > NARROW_COLUMNS:
+        obstacle = f"key and value are wide enough by themselves: {columns:,} columns"
+    if obstacle is not None:
+        return Decision(field=field, value=False, reason=obstacle)
+    reason = f"key and value are narrow ({columns:,} columns): one product for all three keeps the GPU busier"
+    return Decision(field=field, value=True, reason=reason)

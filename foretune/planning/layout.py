@@ -46,6 +46,7 @@ class Layout:
     summing: Decision
     fusing: Decision
     joining: Decision
+    vectors_apart: bool
 
     @property
     def kernels(self) -> list[Decision]:
@@ -73,11 +74,17 @@ class Layout:
             "sum_in_matmul": self.summing.value,
             "fused_mlp": self.fusing.value,
             "fused_qkv": self.joining.value,
+            "vectors_apart": self.vectors_apart,
         }
 
 
-def lay_out(config: Config, work: Workload, cluster: Cluster, *, total_steps: int) -> Layout:
+def lay_out(
+    config: Config, work: Workload, cluster: Cluster, *, total_steps: int, vectors_apart: bool | None = None
+) -> Layout:
     """Search with the kernels that are best for a step; without compiled layers if so few steps do not pay for them.
+
+    Args:
+        vectors_apart: `Plan.vectors_apart` of a training that has begun; None before.
 
     Raises:
         UserError, NoPlanFits: nothing fits.
@@ -93,6 +100,7 @@ def lay_out(config: Config, work: Workload, cluster: Cluster, *, total_steps: in
     compiling, work, candidates, best = _compiled_or_not(config, work, cluster, total_steps=total_steps)
     chosen = best.strategy
     done = search.work_for(work, chosen)
+    joining = choose_fused_qkv(config, done, chosen, vectors_apart=vectors_apart)
     return Layout(
         work=work,
         candidates=candidates,
@@ -102,7 +110,8 @@ def lay_out(config: Config, work: Workload, cluster: Cluster, *, total_steps: in
         eight_bits=eight_bits,
         summing=choose_sum_in_matmul(config, done, cluster, chosen, fp8=eight_bits.value),
         fusing=choose_fused_mlp(config, done, cluster, chosen),
-        joining=choose_fused_qkv(config, done, chosen),
+        joining=joining,
+        vectors_apart=joining.value if vectors_apart is None else vectors_apart,
     )
 
 

@@ -36,6 +36,7 @@ def make_plan(
     tokens: int | None = None,
     estimate: DataEstimate | None = None,
     calibration: Calibration | None = None,
+    vectors_apart: bool | None = None,
 ) -> Plan:
     """Decide everything that was left open.
 
@@ -44,6 +45,7 @@ def make_plan(
         tokens: of one epoch, where there is no prepared data.
         estimate: of data that is not prepared, from a sample of its rows.
         calibration: what earlier runs on this machine measured.
+        vectors_apart: of the plan that a training began with, which keeps it; None for one that has not begun.
 
     Raises:
         UserError: a pin or setting that cannot be, with the figures and its field.
@@ -56,7 +58,7 @@ def make_plan(
     if calibration is not None:
         work = replace(work, pace=calibration.pace(cluster, config.method))
     search.refuse_impossible_pins(config, work, cluster)
-    layout = lay_out(config, work, cluster, total_steps=wanted.total_steps)
+    layout = lay_out(config, work, cluster, total_steps=wanted.total_steps, vectors_apart=vectors_apart)
     work, best, chosen = layout.work, layout.best, layout.best.strategy
     if chosen.optimizer_dtype == "bf16":
         wanted = wanted.with_16_bit_sums()

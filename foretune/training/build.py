@@ -91,7 +91,7 @@ def _build_engine(assignment: Assignment, device: torch.device) -> tuple[DeepSpe
         config.train,
         learning_rate=plan.learning_rate,
         offload_optimizer=0.0 if plan.streams_optimizer else plan.offload_optimizer,
-        vectors_apart=plan.fused_qkv,
+        vectors_apart=plan.vectors_apart,
     )
     engine = DeepSpeedEngine(
         model,

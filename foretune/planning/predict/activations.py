@@ -142,9 +142,13 @@ def activation_bytes(work: Workload, strategy: Strategy) -> int:
 
 
 def around_bytes_per_token(work: Workload) -> int:
-    """Around the layers: the last norm as in a layer and its output, cosines and sines, four integers."""
-    shape, b = work.shape, work.parameter_bytes
-    return (4 + 2 * b) * shape.hidden_size + 2 * b * shape.head_dim + 4 * 8
+    """Around the layers: the last norm, cosines and sines, four integers."""
+    return last_norm_bytes_per_token(work) + 2 * work.parameter_bytes * work.shape.head_dim + 4 * 8
+
+
+def last_norm_bytes_per_token(work: Workload) -> int:
+    """The last norm: what it keeps as in a layer (4 + b), and its output (b)."""
+    return (4 + 2 * work.parameter_bytes) * work.shape.hidden_size
 
 
 def mask_bytes(work: Workload, strategy: Strategy) -> int:

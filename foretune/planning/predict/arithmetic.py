@@ -39,7 +39,7 @@ def _lines(part: str, phase: str, work: Workload, strategy: Strategy, cluster: C
     elif part == "gradients":
         yield from _gradients(phase, work, strategy, cluster)
     elif part == "activations":
-        yield from _activations(phase, work, strategy)
+        yield from _activations(phase, work, strategy, cluster)
     elif part == "loss":
         yield from _loss(phase, work, strategy)
     elif part == "buffers":
@@ -147,7 +147,7 @@ def _gradients(phase: str, work: Workload, strategy: Strategy, cluster: Cluster)
                 return
 
 
-def _activations(phase: str, work: Workload, strategy: Strategy) -> Iterator[Derivation]:
+def _activations(phase: str, work: Workload, strategy: Strategy, cluster: Cluster) -> Iterator[Derivation]:
     shape, b = work.shape, work.parameter_bytes
     tokens, kept = strategy.micro_batch_size * work.max_length, strategy.checkpointed_layers
     compiled, tile = activations.is_compiled(work, strategy), strategy.mlp_tile_rows
@@ -184,10 +184,13 @@ def _activations(phase: str, work: Workload, strategy: Strategy) -> Iterator[Der
             output = activations.attention_output_bytes_per_token(work)
             of_attention = "attention's output in layers that recompute"
             yield line(f"T·{many}·(bq + …)", f"{tokens:,} · {kept} · {output:,}", tokens * kept * output, of_attention)
-    around = activations.around_bytes_per_token(work)
-    yield line(
-        "T·((4 + 2b)·h + …)", f"{tokens:,} · {around:,}", tokens * around, "last norm, rotary tables, ids, labels"
-    )
+    around, gone = activations.around_bytes_per_token(work), memory.freed_by_last_norm(work, strategy, cluster)
+    if phase == "recomputation" and gone:
+        around -= activations.last_norm_bytes_per_token(work)
+        yield line("T·(2·b·d + …)", f"{tokens:,} · {around:,}", tokens * around, "rotary tables, ids, labels")
+    else:
+        whole = tokens * around
+        yield line("T·((4 + 2b)·h + …)", f"{tokens:,} · {around:,}", whole, "last norm, rotary tables, ids, labels")
     if mask := activations.mask_bytes(work, strategy):
         yield line(
             "rows·l²", f"{strategy.micro_batch_size} · {work.max_length}²", mask, "boolean mask of packed documents"

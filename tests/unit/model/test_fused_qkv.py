@@ -10,6 +10,7 @@ from transformers import (
     Gemma2Config,
     GPTNeoXConfig,
     LlamaConfig,
+    MistralConfig,
     Olmo2Config,
     Phi3Config,
     Qwen2Config,
@@ -20,10 +21,12 @@ from zero_1_buffers import LAYERS, SMALL, assert_evaluates_as_plain, assert_trai
 from foretune.model.fused_qkv import _reads_input_in_maps_only, fuse_qkv
 from foretune.model.gated_mlp import fuse_mlps
 from foretune.model.weight_sums import sum_inside
+from foretune.planning.kernels import ONE_INPUT
 
 FAMILIES = {
     "llama": LlamaConfig(**SMALL),
     "llama with biases": LlamaConfig(**SMALL, attention_bias=True),
+    "mistral": MistralConfig(**SMALL, sliding_window=8),
     "qwen2": Qwen2Config(**SMALL, tie_word_embeddings=True),  # biases
     "qwen3": Qwen3Config(**SMALL, head_dim=8),  # norms between
     "gemma2": Gemma2Config(**SMALL, head_dim=8, sliding_window=8),
@@ -33,6 +36,10 @@ OTHERS = {
     "phi3": Phi3Config(**SMALL, pad_token_id=0),
     "neox": GPTNeoXConfig(**{**SMALL, "num_key_value_heads": 4}),
 }
+
+
+def test_families_that_it_is_planned_for_are_tried_here() -> None:
+    assert set(FAMILIES) >= ONE_INPUT
 
 
 @pytest.mark.parametrize("checkpointed", [0, 1, LAYERS])

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from foretune import launch
+from foretune import launch, planning
 from foretune.artifacts import Checkpoint, Plan, RunFolder
 from foretune.checkpoint import layout, store
 from foretune.config import parse_config, to_yaml
@@ -89,6 +89,25 @@ def test_a_begun_run_is_planned_with_its_own_numbers(road: _Road) -> None:
     plan = begun(road, optimizer_dtype="fp32")
     asked = road._as_begun().plan
     assert (asked.optimizer_dtype, asked.gradient_accumulation_dtype) == ("fp32", plan.gradient_accumulation_dtype)
+
+
+@pytest.mark.parametrize("apart", [None, True, False])
+def test_a_begun_run_keeps_its_optimizers_groups(
+    road: _Road, apart: bool | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if apart is not None:
+        plan = begun(road)
+        road.run.write_plan(plan.model_copy(update={"vectors_apart": apart}))
+    given: list[Any] = []
+
+    def planned(config: Any, **how: Any) -> None:
+        given.append(how["vectors_apart"])
+        raise UserError("model", "m", "that is enough", "none")
+
+    monkeypatch.setattr(planning, "make_plan", planned)
+    with pytest.raises(UserError, match="enough"):
+        road.plan(Path("Qwen2.5-7B"), None)  # type: ignore[arg-type]
+    assert given == [apart]
 
 
 def test_a_complete_training_keeps_its_plan(road: _Road) -> None:

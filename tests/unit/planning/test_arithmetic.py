@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
+from foretune.artifacts import Plan
 from foretune.config import Config
 from foretune.errors import NoPlanFits
 from foretune.planning import make_plan, parse_hardware
@@ -27,6 +28,22 @@ def test_lines_add_up(
     except Exception as error:
         assert isinstance(error, NoPlanFits) or "GiB" in str(error)  # noqa: PT017
         return
+    add_up(plan)
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+@pytest.mark.parametrize("hardware", ["1xH100-80GB,ram=125GB", "1xcpu,ram=256GB"])
+def test_lines_of_layers_that_recompute_long_rows_add_up(
+    config_of: Callable[..., Config], hardware: str, method: str
+) -> None:
+    config = config_of(method=method, train={"max_length": 65536, "global_batch_size": 8},
+                       plan={"checkpointed_layers": 28})  # fmt: skip
+    plan = make_plan(config, model_folder="Qwen2.5-1.5B", cluster=parse_hardware(hardware), prepared=None)
+    assert plan.predicted.peak_phase == "recomputation"
+    add_up(plan)
+
+
+def add_up(plan: Plan) -> None:
     sums: Counter[str] = Counter()
     for line in plan.arithmetic:
         sums[line.part] += line.value

@@ -79,12 +79,12 @@ def test_the_planner_knows_which_version_and_heads_are_used() -> None:
     assert kernels.QUACK_ALIGNMENT == quack_kernels.ALIGNMENT
 
 
-def with_quack(card: str, *settings: str, model: str = "Qwen/Qwen2.5-1.5B") -> Plan:
+def with_quack(card: str, *settings: str, model: str = "Qwen/Qwen2.5-1.5B", vectors_apart: bool | None = None) -> Plan:
     """A long run's plan for this machine, were it that card with QuACK installed."""
     rows = ["train.max_length=4096", "train.global_batch_size=32", "train.max_steps=10000"]
     config = load_config(flags={"model": model, "data": "rows.jsonl"}, settings=[*rows, *settings])
     cluster = parse_hardware(card).model_copy(update={"probed": True})
-    return make_plan(config, model_folder=model, cluster=cluster, prepared=None)
+    return make_plan(config, model_folder=model, cluster=cluster, prepared=None, vectors_apart=vectors_apart)
 
 
 @pytest.fixture
@@ -311,9 +311,15 @@ def test_pointwise_values_that_are_asked_for_are_kept_to_or_refused() -> None:
     assert caught.value.field == "plan.recompute_pointwise"
 
 
-def test_query_key_and_value_are_one_product_only_if_asked() -> None:
-    assert not with_quack("1xH100-80GB").fused_qkv
-    assert "not chosen by itself" in reason_of(with_quack("1xH100-80GB"), "plan.fused_qkv")
+def test_query_key_and_value_are_one_product_where_two_are_narrow() -> None:
+    narrow, wide = with_quack("1xH100-80GB"), with_quack("8xH100-80GB", model="Qwen/Qwen2.5-7B")
+    assert (narrow.fused_qkv, narrow.vectors_apart) == (True, True)
+    assert (wide.fused_qkv, wide.vectors_apart, wide.sum_in_matmul) == (False, False, True)
+    assert "1,024 columns" in reason_of(wide, "plan.fused_qkv")
+    asked = with_quack("8xH100-80GB", "plan.fused_qkv=true", model="Qwen/Qwen2.5-7B")
+    assert (asked.fused_qkv, asked.vectors_apart) == (True, True)
+    left = with_quack("1xH100-80GB", "plan.fused_qkv=false")
+    assert (left.fused_qkv, left.vectors_apart) == (False, False)
     for setting, why in (
         ("plan.compile=false", "not compiled"),
         ("method=lora", "not summed inside"),
@@ -323,6 +329,22 @@ def test_query_key_and_value_are_one_product_only_if_asked() -> None:
         with pytest.raises(UserError) as caught:
             with_quack("1xH100-80GB", setting, "plan.fused_qkv=true")
         assert caught.value.field == "plan.fused_qkv"
+
+
+def test_a_training_keeps_its_optimizers_groups() -> None:
+    """It leaves one product, and takes it up again, as the machine has it; it has none that it did not begin with."""
+    apart = with_quack("1xH100-80GB", "plan.compile=false", vectors_apart=True)
+    assert (apart.fused_qkv, apart.vectors_apart) == (False, True)
+    again = with_quack("1xH100-80GB", vectors_apart=True)
+    assert (again.fused_qkv, again.vectors_apart) == (True, True)
+    together = with_quack("1xH100-80GB", vectors_apart=False)
+    assert (together.fused_qkv, together.vectors_apart) == (False, False)
+    assert "began with biases between" in reason_of(together, "plan.fused_qkv")
+    with pytest.raises(UserError) as caught:
+        with_quack("1xH100-80GB", "plan.fused_qkv=true", vectors_apart=False)
+    assert caught.value.field == "plan.fused_qkv"
+    decayed = with_quack("1xH100-80GB", "train.weight_decay=0.1", vectors_apart=False)  # groups are two anyway
+    assert (decayed.fused_qkv, decayed.vectors_apart) == (True, False)
 
 
 @pytest.mark.parametrize(
@@ -340,6 +362,6 @@ def test_one_product_that_is_asked_for_narrows_the_search(card: str, model: str,
 
 def test_one_product_is_refused_where_only_tiles_fit() -> None:
     with pytest.raises(UserError, match="GiB") as caught:
-        with_quack("1xA100-40GB", "train.max_length=131072", "train.global_batch_size=8", "plan.fused_qkv=true")
+        with_quack("1xA100-40GB", "train.max_length=163840", "train.global_batch_size=8", "plan.fused_qkv=true")
     assert caught.value.field == "plan.fused_qkv"
     assert "without it a plan fits" in caught.value.mend

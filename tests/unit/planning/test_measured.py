@@ -29,6 +29,8 @@ THROUGHPUT = (
     "28-throughput-lora-7B-accumulation-1-within-22.7-checkpointed", "28-throughput-full-0.5B-accumulation-8-H200",
     "28-throughput-full-1.5B-accumulation-8-H200", "28-throughput-full-1.5B-accumulation-8-H200-one-product",
     "28-throughput-lora-7B-accumulation-1-within-19.5-checkpointed-H200",
+    "28-throughput-full-1.5B-accumulation-8-H200-multi-stage",
+    "28-throughput-full-1.5B-accumulation-8-H200-multi-stage-one-product",
 )  # fmt: skip
 
 
@@ -83,6 +85,7 @@ def test_throughput(name: str) -> None:
     [
         *(("25-long-rows-1.5B", variant, length) for variant in ("kept", "tiled") for length in (32768, 65536)),
         ("28-long-rows-1.5B-H200", "kept", 131072),
+        ("28-long-rows-1.5B-tiled-H200", "tiled", 262144),
     ],
 )
 def test_long_rows(name: str, variant: str, length: int) -> None:
@@ -94,7 +97,7 @@ def test_long_rows(name: str, variant: str, length: int) -> None:
         1, 1, 1, 28, loss_chunk_tokens=2048, mlp_tile_rows=results["tile"] if tiled else 0,
         recompute_pointwise=not tiled, keep_attention=not tiled,
     )  # fmt: skip
-    check(results, work, strategy, peak=ours["peak_bytes"], seconds=ours["step_seconds"][-1], memory_within=0.03)
+    check(results, work, strategy, peak=ours["peak_bytes"], seconds=ours["step_seconds"][-1], memory_within=0.01)
 
 
 @pytest.mark.parametrize("variant", ["bf16", "fp8"])
