@@ -35,6 +35,8 @@ def machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": versions,
     }
+    if chosen := {name: value for name, value in os.environ.items() if name.startswith("TORCHINDUCTOR_")}:
+        facts["environment"] = chosen
     try:
         import torch
 

@@ -335,6 +335,7 @@ class Checkpoint(Artifact):
     files: dict[str, RankFile]  # relative path → hash and size
     held_out_loss: float | None = None  # nats per target token; with checkpoint.keep_best only
     held_out_rows: int | None = None  # that it is of
+    vectors_apart: bool = False  # as in `Plan`
 
     @property
     def layout(self) -> str:

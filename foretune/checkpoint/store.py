@@ -133,6 +133,11 @@ def _manifests(checkpoints: Path) -> Iterator[Checkpoint]:
             yield Checkpoint.read(layout.folder_of(checkpoints, step) / layout.MANIFEST)
 
 
+def newest_manifest(checkpoints: Path) -> Checkpoint | None:
+    """That of the newest complete checkpoint, unverified; one that can't be read is passed over."""
+    return next(_manifests(checkpoints), None)
+
+
 def held_out_rows(checkpoints: Path) -> int | None:
     """Rows that the newest complete checkpoint's held-out loss is of, unverified."""
     found = (manifest.held_out_rows for manifest in _manifests(checkpoints))

@@ -39,8 +39,6 @@ from foretune.launch.policy import Action, Policy
 _POLL_SECONDS = 0.05
 #: Of the host memory that is free, what snapshots may take.
 _SNAPSHOT_SHARE = 0.5
-#: What torch compiled for ranks, from one start to the next.
-_COMPILED = Path.home() / ".cache" / "foretune" / "compiled"
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 EventSink = Callable[[dict[str, Any]], None]
@@ -315,9 +313,22 @@ def _environment(plan: Plan) -> dict[str, str]:
         environment.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what deterministic algorithms need
         # Asking the driver itself would keep the forked ranks from using the GPU.
         environment["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
-        # For torch's compiler. Its own choice is below /tmp, and it makes it as soon as it is imported.
-        environment.setdefault("TORCHINDUCTOR_CACHE_DIR", str(_COMPILED))
+        if "TORCHINDUCTOR_CACHE_DIR" not in environment and (compiled := _place_for_compiled()) is not None:
+            environment["TORCHINDUCTOR_CACHE_DIR"] = str(compiled)
     return environment
+
+
+def _place_for_compiled() -> Path | None:
+    """Where torch keeps what it compiles from one start to the next; None where this user can't write at home.
+
+    torch chooses a place below /tmp as soon as its compiler is imported, and makes what it is given then or fails.
+    """
+    try:
+        folder = Path.home() / ".cache" / "foretune" / "compiled"
+        folder.mkdir(parents=True, exist_ok=True)
+    except (OSError, RuntimeError):  # RuntimeError: there is no home
+        return None
+    return folder if os.access(folder, os.W_OK | os.X_OK) else None
 
 
 def _kill(health: Health) -> None:

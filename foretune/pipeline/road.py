@@ -194,7 +194,7 @@ class _Road:
             if plan is not None:
                 done(plan_summary(plan), skipped=True)
                 return plan
-            begun = self._plan_begun()
+            begun = store.newest_manifest(self.run.checkpoints)
             plan = planning.make_plan(
                 self._as_begun(),
                 model_folder=model,
@@ -319,7 +319,7 @@ class _Road:
         plan = _read(Plan, self.run.path)
         if plan is None or not self.data_reused:
             return None
-        newest = self._newest_manifest()
+        newest = store.newest_manifest(self.run.checkpoints)
         if newest is not None and newest.step >= plan.total_steps:
             return plan
         if not self.same_wishes:
@@ -332,7 +332,7 @@ class _Road:
 
     def _refuse_other_documents(self, prepared: PreparedDataset) -> None:
         """Steps count batches of documents: those of a checkpoint can't be continued on others."""
-        newest = self._newest_manifest()
+        newest = store.newest_manifest(self.run.checkpoints)
         if newest is not None and newest.fingerprint != prepared.fingerprint:
             raise UserError(
                 "data",
@@ -343,7 +343,7 @@ class _Road:
 
     def _plan_begun(self) -> Plan | None:
         """The plan that this run's checkpoints were made with; None if there are none."""
-        return None if self._newest_manifest() is None else _read(Plan, self.run.path)
+        return None if store.newest_manifest(self.run.checkpoints) is None else _read(Plan, self.run.path)
 
     def _as_begun(self) -> Config:
         """The configuration to plan by: a training that has begun keeps its numbers where they were left to the plan.
@@ -391,10 +391,6 @@ class _Road:
                 f"checkpoints and export need {bytes_text(plan.predicted.disk_bytes)}, {bytes_text(free)} are free",
                 "free some, give an --out on another disk, or set checkpoint.keep to 1",
             )
-
-    def _newest_manifest(self) -> Checkpoint | None:
-        steps = layout.complete_steps(self.run.checkpoints)
-        return _read(Checkpoint, layout.folder_of(self.run.checkpoints, steps[0])) if steps else None
 
     def _tell_best(self, last: int) -> None:
         """Say where an earlier checkpoint has less held-out loss than the last one (`checkpoint.keep_best`)."""

@@ -14,7 +14,7 @@ from typing import Any
 
 from foretune import planning
 from foretune.artifacts import EvaluationReport, ExportedModel, Plan, PreparedDataset, RunFolder
-from foretune.checkpoint import layout
+from foretune.checkpoint import layout, store
 from foretune.config import Config, load_config
 from foretune.errors import UserError
 from foretune.model.source import default_cache, resolve_model
@@ -125,6 +125,7 @@ def plan_for(
     prepared = PreparedDataset.read(manifest) if manifest.is_file() and tokens is None else None
     model = _described_model(config)
     estimate = estimate_data(config, model) if prepared is None and tokens is None else None
+    begun = store.newest_manifest(folder.checkpoints)
     return planning.make_plan(
         config,
         model_folder=model,
@@ -133,6 +134,7 @@ def plan_for(
         tokens=tokens,
         estimate=estimate,
         calibration=planning.Calibration(calibration or calibration_file()),
+        vectors_apart=None if begun is None else begun.vectors_apart,
     )
 
 

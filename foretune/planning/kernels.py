@@ -265,7 +265,7 @@ def choose_fused_qkv(config: Config, work: Workload, strategy: Strategy, *, vect
     What is asked for has been refused before the search (`refuse_fused_qkv`), or has narrowed it.
 
     Args:
-        vectors_apart: `Plan.vectors_apart` of a training that has begun; None before.
+        vectors_apart: `Checkpoint.vectors_apart` of a training that has begun; None before.
 
     Raises:
         UserError: (field ``plan.fused_qkv``) asked for where it cannot be.

@@ -84,7 +84,7 @@ def lay_out(
     """Search with the kernels that are best for a step; without compiled layers if so few steps do not pay for them.
 
     Args:
-        vectors_apart: `Plan.vectors_apart` of a training that has begun; None before.
+        vectors_apart: `Checkpoint.vectors_apart` of a training that has begun; None before.
 
     Raises:
         UserError, NoPlanFits: nothing fits.

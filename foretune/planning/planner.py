@@ -45,7 +45,7 @@ def make_plan(
         tokens: of one epoch, where there is no prepared data.
         estimate: of data that is not prepared, from a sample of its rows.
         calibration: what earlier runs on this machine measured.
-        vectors_apart: of the plan that a training began with, which keeps it; None for one that has not begun.
+        vectors_apart: of a training that has begun, which keeps it (`Checkpoint.vectors_apart`); None before.
 
     Raises:
         UserError: a pin or setting that cannot be, with the figures and its field.

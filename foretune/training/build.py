@@ -44,11 +44,19 @@ _MOST_HELD_OUT_ROWS = 512
 
 def build_engine(assignment: Assignment, device: torch.device) -> tuple[DeepSpeedEngine, Any]:
     """Engine and model, in the one order that works: configuration, weights, adapters, loss, optimizer, DeepSpeed."""
+    compiling = may_compile(assignment, device)
     with importing_kernels(assignment.plan, device):
-        return _build_engine(assignment, device)
+        engine, model = _build_plain(assignment, device, compiling=compiling)
+    apply_weight_sums(assignment, model, engine)
+    if compiling:
+        apply_compilation(assignment, model)
+    # Dropout draws from here on: different on every rank, the same on every start.
+    seed_everything(assignment.config.train.seed + assignment.rank.rank)
+    return engine, model
 
 
-def _build_engine(assignment: Assignment, device: torch.device) -> tuple[DeepSpeedEngine, Any]:
+def _build_plain(assignment: Assignment, device: torch.device, *, compiling: bool) -> tuple[DeepSpeedEngine, Any]:
+    """All but the kernels that are put into a model after DeepSpeed has taken it."""
     config, plan = assignment.config, assignment.plan
     folder = Path(plan.model)
     model_config = loading.load_config(folder, trust_remote_code=config.trust_remote_code)
@@ -74,7 +82,6 @@ def _build_engine(assignment: Assignment, device: torch.device) -> tuple[DeepSpe
         model = add_adapters(model, config.lora, seed=config.train.seed)
     loading.checkpoint_layers(model, plan.checkpointed_layers)
     apply_attention(assignment, model, device)
-    compiling = may_compile(assignment, device)
     if plan.method == "lora" and plan.zero_stage < 3 and not compiling:
         fuse_adapters(model)
     if plan.fp8:
@@ -102,11 +109,6 @@ def _build_engine(assignment: Assignment, device: torch.device) -> tuple[DeepSpe
         streamed_share=plan.offload_optimizer if plan.streams_optimizer else 0.0,
         eight_bits=EightBits(config.train.seed, compiled=compiling) if plan.optimizer_dtype == "8bit" else None,
     )
-    apply_weight_sums(assignment, model, engine)
-    if compiling:
-        apply_compilation(assignment, model)
-    # Dropout draws from here on: different on every rank, the same on every start.
-    seed_everything(config.train.seed + assignment.rank.rank)
     return engine, model
 
 

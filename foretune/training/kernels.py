@@ -33,12 +33,18 @@ def importing_kernels(plan: Plan, device: torch.device) -> Iterator[None]:
 
     For the time in which the engine is built, which waits for files and for the device. (Not in the warm spare: they
     ask the device for its kind as they are imported. And nothing that the main thread imports at the time: two threads
-    that meet inside modules which import each other find them half made.)
+    that meet inside modules which import each other find them half made. Nor at ZeRO-3, which changes what a module
+    is while it loads one.)
     """
+    if plan.zero_stage == 3:
+        yield
+        return
 
     def import_all() -> None:
         gc.disable()  # as in `foretune.training.spare`
         try:
+            if device.type == "cuda":
+                torch.cuda.set_device(device)  # each thread has its own
             if plan.compile_layers:
                 quack_kernels.refusal(device)
             if plan.attention == "packed":

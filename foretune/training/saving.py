@@ -171,4 +171,5 @@ class CheckpointHook:
             files={},
             held_out_loss=held_out_loss,
             held_out_rows=self._held_out.rows if self._held_out else None,
+            vectors_apart=self._plan.vectors_apart,
         )

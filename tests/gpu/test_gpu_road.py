@@ -5,6 +5,7 @@ And that what was compiled is found again by the next start.
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -138,6 +139,8 @@ def test_a_second_start_compiles_nothing(model: Path, data: Path, tmp_path: Path
         notes = [event["message"] for event in events if event["kind"] == EventKind.NOTE]
         (compiled,) = (note for note in notes if note.startswith("compiled"))
         print(f"FIGURES first step {traced:.1f} s, {len(kept[-1])} files, {compiled}")
+    graphs, found = re.fullmatch(r"compiled (\d+) graphs in 2 steps, (\d+) of them found on disk", compiled).groups()
+    assert int(graphs) == int(found) > 0
     assert losses[0] == losses[1]
     assert any(name.startswith("aotautograd") for name in kept[0])
     assert kept[0] == kept[1]

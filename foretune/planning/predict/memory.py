@@ -130,7 +130,7 @@ def phases(work: Workload, strategy: Strategy, cluster: Cluster) -> dict[str, di
 
 
 def freed_by_last_norm(work: Workload, strategy: Strategy, cluster: Cluster) -> int:
-    """What the last norm has given back when layers recompute: 1 to 6 % of a peak with long rows, measured at 1.5B.
+    """What the last norm has given back when layers recompute: 1 to 5 % of a peak with long rows, measured at 1.5B.
 
     Nothing on a CPU, where malloc may not give it to others; nor with adapters, where as much is there at that time, of
     a kind that was not told apart.

@@ -10,12 +10,24 @@ from foretune.launch.supervisor import _environment
 
 
 @pytest.mark.parametrize("own", [None, "/somewhere/else"])
-def test_what_torch_compiles_on_a_gpu_is_kept_at_home(own: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_torch_compiles_on_a_gpu_is_kept_at_home(
+    own: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """torch's own choice is below /tmp, and importing its compiler already makes it. A user's choice stays."""
+    monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
     if own is not None:
         monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", own)
     accelerator = SimpleNamespace(kind="cuda")
     plan: Any = SimpleNamespace(world_size=1, cluster=SimpleNamespace(accelerator=accelerator))
-    expected = own or str(Path.home() / ".cache" / "foretune" / "compiled")
+    expected = own or str(tmp_path / ".cache" / "foretune" / "compiled")
     assert _environment(plan)["TORCHINDUCTOR_CACHE_DIR"] == expected
+
+
+def test_where_home_cannot_be_written_torch_chooses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would make the folder as it is imported, and fail."""
+    (tmp_path / ".cache").write_text("a file", encoding="utf-8")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    plan: Any = SimpleNamespace(world_size=1, cluster=SimpleNamespace(accelerator=SimpleNamespace(kind="cuda")))
+    assert "TORCHINDUCTOR_CACHE_DIR" not in _environment(plan)

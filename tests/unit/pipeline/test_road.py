@@ -44,7 +44,7 @@ def test_a_report_that_cannot_be_written_is_a_note(road: _Road, told: list[dict[
     assert "\n" not in told[-1]["message"]
 
 
-def begun(road: _Road, *, step: int = 5, **pins: Any) -> Plan:
+def begun(road: _Road, *, step: int = 5, vectors_apart: bool = False, **pins: Any) -> Plan:
     """A run of a 7B model with a plan and a checkpoint's manifest."""
     values = {"model": "Qwen2.5-7B", "data": "d.jsonl", "allow_numerics": True, "train": {"max_length": 1024}}
     config = parse_config({**values, "plan": pins})
@@ -53,6 +53,7 @@ def begun(road: _Road, *, step: int = 5, **pins: Any) -> Plan:
     manifest = Checkpoint(
         step=step, world_size=plan.world_size, zero_stage=plan.zero_stage, precision=plan.precision,
         method=plan.method, fingerprint="0" * 64, train_state={}, files={},
+        vectors_apart=vectors_apart,
     )  # fmt: skip
     manifest.write(layout.folder_of(road.run.checkpoints, step) / layout.MANIFEST)
     return plan
@@ -95,9 +96,12 @@ def test_a_begun_run_is_planned_with_its_own_numbers(road: _Road) -> None:
 def test_a_begun_run_keeps_its_optimizers_groups(
     road: _Road, apart: bool | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """As its newest checkpoint that can be read says, also where its plan has been lost."""
     if apart is not None:
-        plan = begun(road)
-        road.run.write_plan(plan.model_copy(update={"vectors_apart": apart}))
+        begun(road, step=5, vectors_apart=apart)
+        begun(road, step=6, vectors_apart=apart)
+        (layout.folder_of(road.run.checkpoints, 6) / layout.MANIFEST).write_text("{", encoding="utf-8")
+        (road.run.path / Plan.file_name).unlink()
     given: list[Any] = []
 
     def planned(config: Any, **how: Any) -> None:

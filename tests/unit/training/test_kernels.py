@@ -32,7 +32,7 @@ def test_planned_kernels_are_imported_beside_what_is_done(
 
     monkeypatch.setattr(kernels.quack_kernels, "refusal", lambda device: imports("quack"))
     monkeypatch.setattr(kernels.flash_attention_4, "is_there", lambda device: imports("flash"))
-    plan: Any = SimpleNamespace(compile_layers=compiled, attention="packed" if packed else "sdpa")
+    plan: Any = SimpleNamespace(compile_layers=compiled, attention="packed" if packed else "sdpa", zero_stage=1)
     with suppress(KeyError), importing_kernels(plan, torch.device("cpu")):
         assert not imported
         go_on.set()
