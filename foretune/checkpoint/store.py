@@ -138,6 +138,12 @@ def newest_manifest(checkpoints: Path) -> Checkpoint | None:
     return next(_manifests(checkpoints), None)
 
 
+def vectors_apart(checkpoints: Path) -> bool | None:
+    """`Checkpoint.vectors_apart` of a training, as its newest complete checkpoint has it, unverified; None without."""
+    manifest = newest_manifest(checkpoints)
+    return None if manifest is None else manifest.vectors_apart
+
+
 def held_out_rows(checkpoints: Path) -> int | None:
     """Rows that the newest complete checkpoint's held-out loss is of, unverified."""
     found = (manifest.held_out_rows for manifest in _manifests(checkpoints))

@@ -41,7 +41,7 @@ from foretune.reporting.units import bytes_text, loss_text, plural
 StageName = Literal["prepare", "plan", "train", "evaluate", "export"]
 STAGES: tuple[StageName, ...] = ("prepare", "plan", "train", "evaluate", "export")
 
-A = TypeVar("A", PreparedDataset, Plan, Checkpoint, EvaluationReport)
+A = TypeVar("A", PreparedDataset, Plan, EvaluationReport)
 
 #: Called with every event that is written to the journal.
 EventSink = Callable[[Mapping[str, Any]], None]
@@ -194,14 +194,13 @@ class _Road:
             if plan is not None:
                 done(plan_summary(plan), skipped=True)
                 return plan
-            begun = store.newest_manifest(self.run.checkpoints)
             plan = planning.make_plan(
                 self._as_begun(),
                 model_folder=model,
                 cluster=cluster,
                 prepared=prepared,
                 calibration=self.calibration,
-                vectors_apart=None if begun is None else begun.vectors_apart,
+                vectors_apart=store.vectors_apart(self.run.checkpoints),
             )
             self._refuse_other_plan(plan)
             self._refuse_small_disk(plan)

@@ -125,7 +125,6 @@ def plan_for(
     prepared = PreparedDataset.read(manifest) if manifest.is_file() and tokens is None else None
     model = _described_model(config)
     estimate = estimate_data(config, model) if prepared is None and tokens is None else None
-    begun = store.newest_manifest(folder.checkpoints)
     return planning.make_plan(
         config,
         model_folder=model,
@@ -134,7 +133,7 @@ def plan_for(
         tokens=tokens,
         estimate=estimate,
         calibration=planning.Calibration(calibration or calibration_file()),
-        vectors_apart=None if begun is None else begun.vectors_apart,
+        vectors_apart=store.vectors_apart(folder.checkpoints),
     )
 
 

@@ -114,12 +114,10 @@ def _import_all(run: Path) -> None:
     if folder.plan.is_file():
         plan = Plan.read(folder.plan)
         if plan.zero_stage == 3:
-            import torch._dynamo  # what loading in parts needs; 1.5 s
+            import torch._dynamo  # noqa: F401  # what loading in parts needs; 1.5 s
         if plan.method == "lora":
             import peft  # noqa: F401
         import_model_class(Path(plan.model))
-        if plan.compile_layers:
-            import torch._inductor.compile_fx  # noqa: F401  # 2 s
 
 
 if __name__ == "__main__":
