@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -313,9 +314,16 @@ def _environment(plan: Plan) -> dict[str, str]:
         environment.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what deterministic algorithms need
         # Asking the driver itself would keep the forked ranks from using the GPU.
         environment["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
-        if "TORCHINDUCTOR_CACHE_DIR" not in environment and (compiled := _place_for_compiled()) is not None:
+        chosen = environment.get("TORCHINDUCTOR_CACHE_DIR") not in (None, _torchs_place_for_compiled())
+        if not chosen and (compiled := _place_for_compiled()) is not None:
             environment["TORCHINDUCTOR_CACHE_DIR"] = str(compiled)
     return environment
+
+
+def _torchs_place_for_compiled() -> str | None:
+    """What torch itself has named in the environment if its compiler is imported here, as preparing data may do."""
+    module = sys.modules.get("torch._inductor.runtime.cache_dir_utils")
+    return None if module is None else os.path.abspath(module.default_cache_dir())
 
 
 def _place_for_compiled() -> Path | None:

@@ -1,5 +1,6 @@
 """What the launcher gives its ranks besides their orders."""
 
+import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,6 +23,21 @@ def test_what_torch_compiles_on_a_gpu_is_kept_at_home(
     plan: Any = SimpleNamespace(world_size=1, cluster=SimpleNamespace(accelerator=accelerator))
     expected = own or str(tmp_path / ".cache" / "foretune" / "compiled")
     assert _environment(plan)["TORCHINDUCTOR_CACHE_DIR"] == expected
+
+
+def test_a_place_that_torch_named_in_this_process_is_not_the_users(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Preparing data imports torch's compiler on some machines: their first start would keep nothing for the second."""
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")  # so that what torch sets is taken back
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+    cache_dir()
+    assert "TORCHINDUCTOR_CACHE_DIR" in os.environ
+    plan: Any = SimpleNamespace(world_size=1, cluster=SimpleNamespace(accelerator=SimpleNamespace(kind="cuda")))
+    assert _environment(plan)["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / ".cache" / "foretune" / "compiled")
 
 
 def test_where_home_cannot_be_written_torch_chooses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
