@@ -13,7 +13,7 @@ from foretune.artifacts import Plan, RunFolder
 from foretune.config import Config, parse_config
 from foretune.events import EventKind, read_events
 from foretune.pipeline import travel
-from foretune.proving.cells import Cell, Layout
+from foretune.proving.cells import Cell, FaultName, Layout
 from foretune.proving.prove import Prover
 
 pytestmark = [
@@ -69,8 +69,8 @@ def wanted(
     )
 
 
-def planned(config: Config, out: Path) -> tuple[RunFolder, Plan, Config]:
-    result = travel(config, out=out, nproc=1, until="plan")
+def planned(config: Config, out: Path, *, gpus: int = 1) -> tuple[RunFolder, Plan, Config]:
+    result = travel(config, out=out, nproc=gpus, until="plan")
     assert result.plan is not None
     return RunFolder(out), result.plan, config
 
@@ -80,22 +80,32 @@ def step_seconds(run: RunFolder) -> float:
     return median(steps[2:])
 
 
-@pytest.mark.parametrize("stage", [1, 3])
-def test_killed_and_resumed_ends_in_the_same_bits(stage: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("fault", "stage", "gpus"),
+    [("kill", 1, 1), ("kill", 3, 1), ("kill", 1, 2), ("kill", 3, 2), ("stop", 1, 2)],
+    ids=["kill-1", "kill-3", "two-kill-1", "two-kill-3", "two-stop-1"],
+)
+def test_killed_and_resumed_ends_in_the_same_bits(fault: FaultName, stage: int, gpus: int, tmp_path: Path) -> None:
+    """Of two GPUs the last rank is the victim: the other one waits for it inside NCCL."""
+    if torch.cuda.device_count() < gpus:
+        pytest.skip(f"needs {gpus} GPUs")
+
     def make_run(layout: Layout, out: Path) -> tuple[RunFolder, Plan, Config]:
-        return planned(wanted(tmp_path, "0.5B", steps=8, every=4, stage=layout.stage), out)
+        return planned(wanted(tmp_path, "0.5B", steps=8, every=4, stage=layout.stage), out, gpus=layout.ranks)
 
     with Prover(make_run, out=tmp_path / "proof", seed=0) as prover:
-        layout = Layout(stage)
-        result = prover.run_cell(Cell("kill", "backward", layout, step=6))
+        layout = Layout(stage, ranks=gpus)
+        result = prover.run_cell(Cell(fault, "backward", layout, rank=gpus - 1, step=6))
         reference = step_seconds(RunFolder(prover.reference(layout).checkpoint.parents[1]))
         seconds = {"deterministic": reference}
-        if stage == 1:  # what being deterministic costs
+        if stage == gpus == 1:  # what being deterministic costs
             config = wanted(tmp_path, "0.5B", steps=8, every=8, stage=stage, deterministic=False)
             run, plan, _ = planned(config, tmp_path / "fast")
             launch.train(run, plan, config)
             seconds["usual"] = step_seconds(run)
     figures = {
+        "fault": fault,
+        "gpus": gpus,
         "zero_stage": stage,
         "hash_equal": result.hash_equal,
         "steps_lost": result.steps_lost,

@@ -50,21 +50,28 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("method", "stage", "precision", "pins"),
+    ("method", "stage", "precision", "pins", "gpus"),
     [
-        ("full", 1, "bf16", []),
-        ("full", 1, "bf16", ["plan.offload_optimizer=0.7", "plan.offload_optimizer_step=device"]),
-        ("full", 1, "bf16", ["allow_numerics=true", "plan.optimizer_dtype=8bit"]),
-        ("full", 3, "bf16", []),
-        ("lora", 1, "bf16", []),
-        ("lora", 3, "bf16", []),
-        ("full", 2, "fp16", []),
+        ("full", 1, "bf16", [], 1),
+        ("full", 1, "bf16", ["plan.offload_optimizer=0.7", "plan.offload_optimizer_step=device"], 1),
+        ("full", 1, "bf16", ["allow_numerics=true", "plan.optimizer_dtype=8bit"], 1),
+        ("full", 3, "bf16", [], 1),
+        ("lora", 1, "bf16", [], 1),
+        ("lora", 3, "bf16", [], 1),
+        ("full", 2, "fp16", [], 1),
+        ("full", 1, "bf16", [], 2),
+        ("full", 2, "bf16", [], 2),
+        ("full", 3, "bf16", [], 2),
+        ("lora", 1, "bf16", [], 2),
     ],
-    ids=["full-1", "full-1-streamed", "full-1-8bit", "full-3", "lora-1", "lora-3", "full-2-fp16"],
-)
+    ids=["full-1", "full-1-streamed", "full-1-8bit", "full-3", "lora-1", "lora-3", "full-2-fp16",
+         "two-full-1", "two-full-2", "two-full-3", "two-lora-1"],
+)  # fmt: skip
 def test_the_road_holds(
-    method: str, stage: int, precision: str, pins: list[str], *, model: Path, data: Path, tmp_path: Path
+    method: str, stage: int, precision: str, pins: list[str], gpus: int, *, model: Path, data: Path, tmp_path: Path
 ) -> None:
+    if torch.cuda.device_count() < gpus:
+        pytest.skip(f"needs {gpus} GPUs")
     out = tmp_path / "run"
     sets = [f"plan.zero_stage={stage}", f"method={method}", f"train.max_steps={STEPS}", "train.max_length=1024"]
     sets += ["train.global_batch_size=16", "evaluate.validation=0.01", *pins]
@@ -75,7 +82,7 @@ def test_the_road_holds(
     else:
         sets.append("train.learning_rate=2e-3")
     arguments = [sys.executable, "-m", "foretune", "run", "--model", str(model), "--data", str(data), "--out", str(out)]
-    arguments += [part for item in sets for part in ("--set", item)]
+    arguments += ["--nproc", str(gpus), *(part for item in sets for part in ("--set", item))]
     start = time.monotonic()
     done = subprocess.run(
         arguments, capture_output=True, text=True, timeout=400, env={**os.environ, "HF_HUB_OFFLINE": "1"}
@@ -85,7 +92,7 @@ def test_the_road_holds(
     assert done.returncode == 0, done.stderr[-3000:] + logs
     run = RunFolder(out)
     plan = Plan.read(run.plan)
-    assert (plan.zero_stage, plan.method, plan.precision) == (stage, method, precision)
+    assert (plan.zero_stage, plan.method, plan.precision, plan.world_size) == (stage, method, precision, gpus)
     assert (plan.optimizer_dtype == "8bit") == ("plan.optimizer_dtype=8bit" in pins)
     assert plan.streams_optimizer == ("plan.offload_optimizer_step=device" in pins)
     steps = [event for event in read_events(run.events) if event["kind"] == EventKind.STEP]
@@ -100,6 +107,7 @@ def test_the_road_holds(
     settled = sorted(event["seconds"] for event in steps[3:])
     figures = {
         "method": method,
+        "gpus": gpus,
         "zero_stage": stage,
         "precision": precision,
         "device": torch.cuda.get_device_name(),
@@ -125,7 +133,8 @@ def test_a_second_start_compiles_nothing(model: Path, data: Path, tmp_path: Path
     losses, kept = [], []
     for out in (tmp_path / "first", tmp_path / "second"):
         arguments = [
-            sys.executable, "-m", "foretune", "train", "--model", str(model), "--data", str(data), "--out", str(out)
+            sys.executable, "-m", "foretune", "train", "--model", str(model), "--data", str(data), "--out", str(out),
+            "--nproc", "1",
         ]  # fmt: skip
         arguments += [part for item in sets for part in ("--set", item)]
         done = subprocess.run(arguments, capture_output=True, text=True, timeout=400, env=environment)
