@@ -33,12 +33,13 @@ def importing_kernels(plan: Plan, device: torch.device) -> Iterator[None]:
 
     For the time in which the engine is built, which waits for files and for the device. (Not in the warm spare: they
     ask the device for its kind as they are imported. And nothing that the main thread imports at the time: two threads
-    that meet inside modules which import each other find them half made. Nor at ZeRO-3, which changes what a module
-    is while it loads one.)
+    that meet inside modules which import each other find them half made.) ZeRO-3 changes what a module is while it
+    loads one: there they are imported before.
+
+    In any case before random states are set: where jax is installed the libraries import it, and that draws numbers
+    from numpy's generator. Done in the first step, a training that went on would have another state than one that
+    never stopped.
     """
-    if plan.zero_stage == 3:
-        yield
-        return
 
     def import_all() -> None:
         gc.disable()  # as in `foretune.training.spare`
@@ -52,6 +53,10 @@ def importing_kernels(plan: Plan, device: torch.device) -> Iterator[None]:
         finally:
             gc.enable()
 
+    if plan.zero_stage == 3:
+        import_all()
+        yield
+        return
     thread = threading.Thread(target=import_all)
     thread.start()
     try:

@@ -41,6 +41,18 @@ def test_planned_kernels_are_imported_beside_what_is_done(
     assert gc.isenabled()
 
 
+def test_at_stage_3_they_are_there_before_anything_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A module that is made while ZeRO-3 loads one would be another. In the first step it would be too late: jax, which
+    they import where it is installed, draws from numpy's generator, whose state a checkpoint has given back by then."""
+    imported: list[str] = []
+    monkeypatch.setattr(kernels.quack_kernels, "refusal", lambda device: imported.append("quack"))
+    monkeypatch.setattr(kernels.flash_attention_4, "is_there", lambda device: imported.append("flash"))
+    plan: Any = SimpleNamespace(compile_layers=False, attention="packed", zero_stage=3)
+    with importing_kernels(plan, torch.device("cpu")):
+        assert imported == ["flash"]
+    assert gc.isenabled()
+
+
 @pytest.mark.parametrize("packed", [True, False])
 def test_attention_that_is_not_packed_is_not_kept(packed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: dict[str, Any] = {}
