@@ -6,10 +6,12 @@ import json
 import os
 import shutil
 import subprocess
-import sys
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
+from warm_commands import WarmCommands
 
 from foretune.artifacts import Checkpoint, EvaluationReport, ExportedModel, Plan, RunFolder
 from foretune.checkpoint import layout
@@ -18,6 +20,7 @@ from foretune.proving.digest import losses, relative_difference
 
 MODEL = Path(__file__).parents[1] / "models" / "stories260K"
 STEPS = 3
+Command = Callable[..., subprocess.CompletedProcess[str]]
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +32,14 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def command(verb: str, data: Path, out: Path, *more: str) -> subprocess.CompletedProcess[str]:
+@pytest.fixture(scope="module")
+def command() -> Iterator[Command]:
+    """Runs ``foretune VERB`` on data, into a run folder: `test_road` has commands whose processes are fresh."""
+    with WarmCommands() as warm:
+        yield partial(_run, warm)
+
+
+def _run(warm: WarmCommands, verb: str, data: Path, out: Path, *more: str) -> subprocess.CompletedProcess[str]:
     words = [verb, "--model", str(MODEL), "--data", str(data), "--out", str(out), "--nproc", "2", "--json"]
     settings = [
         f"train.max_steps={STEPS}",
@@ -40,13 +50,11 @@ def command(verb: str, data: Path, out: Path, *more: str) -> subprocess.Complete
     ]
     words += [word for setting in settings for word in ("--set", setting)]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [sys.executable, "-m", "foretune", *words, *more], capture_output=True, text=True, timeout=300, env=environment
-    )
+    return warm.run([*words, *more], environment=environment)
 
 
 @pytest.fixture(scope="module")
-def finished(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def finished(command: Command, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that went the whole road."""
     out = tmp_path_factory.mktemp("runs") / "first"
     done = command("run", data, out)
@@ -90,7 +98,7 @@ def test_the_road_leaves_every_artifact(finished: Path) -> None:
     assert kinds.count(EventKind.BREAKDOWN) == kinds.count(EventKind.PREDICTED_AGAINST_MEASURED) == 1
 
 
-def test_again_touches_nothing_and_says_so(out: Path, data: Path) -> None:
+def test_again_touches_nothing_and_says_so(command: Command, out: Path, data: Path) -> None:
     before = files_of(out)
     done = command("run", data, out)
     assert done.returncode == 0, done.stderr
@@ -100,7 +108,7 @@ def test_again_touches_nothing_and_says_so(out: Path, data: Path) -> None:
     assert files_of(out) == before
 
 
-def test_what_is_missing_is_made_again(out: Path, data: Path) -> None:
+def test_what_is_missing_is_made_again(command: Command, out: Path, data: Path) -> None:
     RunFolder(out).evaluation.unlink()
     shutil.rmtree(RunFolder(out).export)
     done = command("run", data, out)
@@ -109,7 +117,9 @@ def test_what_is_missing_is_made_again(out: Path, data: Path) -> None:
     assert stages(out, EventKind.STAGE_FINISHED) == ["evaluate", "export"]
 
 
-def test_training_that_lost_its_last_checkpoint_goes_on_from_the_one_before(out: Path, data: Path) -> None:
+def test_training_that_lost_its_last_checkpoint_goes_on_from_the_one_before(
+    command: Command, out: Path, data: Path
+) -> None:
     checkpoints = RunFolder(out).checkpoints
     newest, *older = layout.complete_steps(checkpoints)
     assert newest == STEPS
@@ -125,7 +135,7 @@ def test_training_that_lost_its_last_checkpoint_goes_on_from_the_one_before(out:
     ("ranks", "stage"), [(1, 3), (3, 1)], ids=["fewer ranks, another stage", "more ranks, another stage"]
 )
 def test_a_training_goes_on_with_other_ranks_at_another_stage(
-    finished: Path, out: Path, data: Path, ranks: int, stage: int
+    command: Command, finished: Path, out: Path, data: Path, *, ranks: int, stage: int
 ) -> None:
     """A machine that lost a GPU, or won some: the same batches, and what rounding leaves of a difference."""
     checkpoints = RunFolder(out).checkpoints
@@ -154,7 +164,7 @@ def test_a_training_goes_on_with_other_ranks_at_another_stage(
     ids=["seed", "precision"],
 )
 def test_what_would_mix_is_refused_and_changes_nothing(
-    out: Path, data: Path, more: tuple[str, ...], field: str, problem: str
+    command: Command, out: Path, data: Path, *, more: tuple[str, ...], field: str, problem: str
 ) -> None:
     before = files_of(out)
     done = command("run", data, out, *more)
@@ -167,7 +177,9 @@ def test_what_would_mix_is_refused_and_changes_nothing(
     assert command("run", data, out).returncode == 0
 
 
-def test_data_that_changed_after_training_is_refused_until_it_is_put_back(out: Path, data: Path) -> None:
+def test_data_that_changed_after_training_is_refused_until_it_is_put_back(
+    command: Command, out: Path, data: Path
+) -> None:
     content = data.read_text()
     try:
         data.write_text(content + json.dumps({"text": "a tale that was not there before"}) + "\n")
