@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-#: A llama of 0.2 million parameters; dropout makes the random states matter.
+#: A llama of 0.1 million parameters; dropout makes the random states matter.
 _SHAPE = {
     "hidden_size": 64,
     "intermediate_size": 172,
-    "num_hidden_layers": 4,
+    "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "max_position_embeddings": 256,
