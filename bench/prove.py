@@ -27,7 +27,7 @@ from foretune.reporting.proof import cell_line
 
 #: Folders of the machine that ran it: tracebacks are told from the package or the library on.
 _FOLDERS = re.compile(r'"[^"]*/(site-packages/|lib/(?=python3))|"[^"]*/(?=foretune/|bench/)')
-_MODEL = "the proof's own: a llama of 0.2 million parameters, random weights"
+_MODEL = "the proof's own: a llama of 0.1 million parameters, random weights"
 
 
 def without_folders(cell: CellResult) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Training as it plans itself on several GPUs of one machine: tokens per second and memory, beside what the plan says.
+"""Training as it plans itself on several GPUs of one machine: tokens a second and rank 0's memory, beside the plan's.
 
     python bench/several_gpus.py [--shape 1.5B] [--gpus 2] [--rows 32] [--length 4096] [--set plan.zero_stage=3]
 
@@ -29,7 +29,7 @@ WARM_UP = 3
 PLANNED_STEPS = 3000
 #: What of a plan is told.
 CHOICES = ("zero_stage", "micro_batch_size_per_gpu", "gradient_accumulation_steps", "checkpointed_layers",
-           "compile_layers", "attention", "sum_in_matmul", "fused_mlp", "fused_qkv")  # fmt: skip
+           "loss_chunk_tokens", "compile_layers", "attention", "sum_in_matmul", "fused_mlp", "fused_qkv")  # fmt: skip
 
 
 def summary(plan: dict[str, Any], events: list[dict[str, Any]]) -> dict[str, Any]:
@@ -70,10 +70,12 @@ def trained(folder: Path, asked: argparse.Namespace) -> dict[str, Any]:
     end = time.monotonic() + asked.minutes * 60
     with tempfile.TemporaryFile("w+") as said:
         process = subprocess.Popen(command, stdout=said, stderr=subprocess.STDOUT)
-        while process.poll() is None and time.monotonic() < end and len(_steps(out)) < asked.steps:
-            time.sleep(0.3)
-        process.kill()  # its ranks die with it
-        process.wait()
+        try:
+            while process.poll() is None and time.monotonic() < end and len(_steps(out)) < asked.steps:
+                time.sleep(0.3)
+        finally:
+            process.kill()  # its ranks die with it
+            process.wait()
         wait_for_ranks(out)
         if len(_steps(out)) < asked.steps:
             said.seek(0)
@@ -104,14 +106,17 @@ def main() -> None:
     parser.add_argument("--work", type=Path, help="where the model is made (default: a temporary folder)")
     parser.add_argument("--out", type=Path, help="folder of the JSON (default: bench/results)")
     asked = parser.parse_args()
+    if asked.steps <= WARM_UP:
+        parser.error(f"--steps: the first {WARM_UP} do not count")
     with tempfile.TemporaryDirectory(dir=asked.work) as work:
         run = trained(Path(work), asked)
     print(json.dumps(run, indent=1))
-    name = f"{asked.gpus}-gpus-{asked.shape}" + "".join(
-        f"-{one.replace('plan.', '').replace('=', '-')}" for one in asked.set
-    )
+    settings = "".join(f"-{one.removeprefix('plan.').replace('=', '-')}" for one in asked.set)
+    wanted = {name: getattr(asked, name) for name in ("shape", "gpus", "rows", "length", "steps", "set")}
     save_result(
-        name, {"machine": machine(), "shape": asked.shape, "length": asked.length, "run": run}, folder=asked.out
+        f"{asked.gpus}-gpus-{asked.shape}{settings}",
+        {"machine": machine(), "asked": wanted, "run": run},
+        folder=asked.out,
     )
 
 

@@ -4,8 +4,10 @@
                             ◀──the exit code─────
 
 To import torch, transformers and 🤗 datasets takes a command 6 s of a core, to fork none. Each command is a process of
-its own all the same, with its own folder, environment and output. What only a fresh process shows (what is imported
-when, and without it) other tests look at.
+its own, with its own folder and output. Some things only a fresh process shows: what imports cost, print or forbid;
+what libraries read from the environment as they are imported (`HF_HOME`: here a temporary folder's, for all commands);
+threads that would keep Python from ending, and children that hold the output open. So every file that uses this runs
+some commands fresh.
 """
 
 from __future__ import annotations
@@ -13,8 +15,11 @@ from __future__ import annotations
 import atexit
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
+import traceback
 from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
@@ -32,34 +37,51 @@ IMPORTED = (
 
 
 class WarmCommands:
-    """The tests' end. Use as a context; commands run one at a time."""
+    """What tests call. Use as a context; commands run one at a time."""
 
     def __enter__(self) -> WarmCommands:
-        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}  # read when they are imported
+        self._home = TemporaryDirectory()
+        environment = {**os.environ, "HOME": self._home.name, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+        environment = {name: value for name, value in environment.items() if name not in ("HF_HOME", "HF_HUB_CACHE")}
         self._process = subprocess.Popen(
             [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
         )
         return self
 
     def __exit__(self, *error: Any) -> None:
-        self._process.__exit__(*error)  # its input ends there, and so does it
+        self._process.kill()  # and with it a command that still runs
+        self._process.communicate()
+        self._home.cleanup()
 
     def run(
-        self, words: Sequence[str], *, environment: Mapping[str, str], folder: Path | None = None
+        self, words: Sequence[str], *, environment: Mapping[str, str], timeout: float, folder: Path | None = None
     ) -> subprocess.CompletedProcess[str]:
-        """As ``subprocess.run([python, "-m", "foretune", *words], capture_output=True, text=True)`` would."""
+        """What ``python -m foretune WORDS`` does; killed after `timeout` seconds, which is exit code -9.
+
+        Raises:
+            RuntimeError: the process behind it has ended.
+        """
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         with TemporaryDirectory() as name:
             output, errors = Path(name) / "stdout", Path(name) / "stderr"
             order = {
                 "words": list(words), "folder": str(folder or Path.cwd()), "environment": dict(environment),
-                "stdout": str(output), "stderr": str(errors),
+                "stdout": str(output), "stderr": str(errors), "timeout": timeout,
             }  # fmt: skip
-            self._process.stdin.write(json.dumps(order) + "\n")
-            self._process.stdin.flush()
-            code = int(self._process.stdout.readline())
-            return subprocess.CompletedProcess(list(words), code, output.read_text(), errors.read_text())
+            answer = ""
+            try:
+                self._process.stdin.write(json.dumps(order) + "\n")
+                self._process.stdin.flush()
+                answer = self._process.stdout.readline()
+            except BrokenPipeError:
+                pass
+            finally:
+                if not answer:  # or it was interrupted: a later command must not get this one's answer
+                    self._process.kill()
+            if not answer:
+                raise RuntimeError(f"the process that forks commands has ended ({' '.join(words)})")
+            return subprocess.CompletedProcess(list(words), int(answer), output.read_text(), errors.read_text())
 
 
 def _serve() -> None:
@@ -67,13 +89,19 @@ def _serve() -> None:
     os.dup2(2, 1)  # what libraries print as they are imported is no answer
     for name in IMPORTED:
         import_module(name)
+    sys.stdout.flush()  # forks would each print it again
     for line in sys.stdin:
         order = json.loads(line)
         pid = os.fork()
         if pid == 0:
             _run(order)
-        _, status = os.waitpid(pid, 0)
-        print(os.waitstatus_to_exitcode(status), file=answers, flush=True)
+        end = time.monotonic() + order["timeout"]
+        while (ended := os.waitpid(pid, os.WNOHANG))[0] == 0:
+            time.sleep(0.01)
+            if time.monotonic() > end:
+                os.kill(pid, signal.SIGKILL)
+                end = float("inf")
+        print(os.waitstatus_to_exitcode(ended[1]), file=answers, flush=True)
 
 
 def _run(order: dict[str, Any]) -> None:
@@ -93,6 +121,8 @@ def _run(order: dict[str, Any]) -> None:
         sys.argv = ["foretune", *order["words"]]
         code = main()
         atexit._run_exitfuncs()
+    except BaseException:
+        traceback.print_exc()
     finally:
         sys.stdout.flush()
         sys.stderr.flush()

@@ -79,6 +79,9 @@ def _open_fake_group(world_size: int) -> Any:
     os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE=str(world_size))  # DeepSpeed reads these itself
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
+    from foretune.engine import without_compiler
+
+    without_compiler()
     torch.distributed.init_process_group("fake", rank=0, world_size=world_size, store=FakeStore())
     deepspeed.init_distributed(dist_backend="fake", verbose=False)
     assert get_accelerator().device_name() in ("cpu", "cuda")

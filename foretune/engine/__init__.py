@@ -5,7 +5,7 @@
 
 from foretune.engine.deepspeed_engine import DeepSpeedEngine
 from foretune.engine.fake import FakeEngine
-from foretune.engine.group import close_group, import_late_modules, open_group
+from foretune.engine.group import close_group, import_late_modules, open_group, without_compiler
 from foretune.engine.optimizers import build_optimizer
 from foretune.engine.partitioned import partitioned_loading
 from foretune.engine.protocol import Engine, StepResult
@@ -22,4 +22,5 @@ __all__ = [
     "import_late_modules",
     "open_group",
     "partitioned_loading",
+    "without_compiler",
 ]

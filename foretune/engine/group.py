@@ -27,7 +27,7 @@ def open_group(rank: RankInfo, *, deterministic: bool = False) -> torch.device:
     if deterministic:  # it is off; saying so would import torch's compiler
         torch.use_deterministic_algorithms(True)
 
-    _without_compiler()
+    without_compiler()
     _without_muon()
     if torch.cuda.is_available():
         device = torch.device("cuda", rank.local_rank)
@@ -66,7 +66,7 @@ def close_group() -> None:
         torch.distributed.destroy_process_group()
 
 
-def _without_compiler() -> None:
+def without_compiler() -> None:
     """Keep DeepSpeed from compiling its shared-memory collectives on a CPU.
 
     The JIT needs g++ and ninja on PATH and takes 36 s the first time; without them every CPU run would die in

@@ -10,10 +10,12 @@ them). A second SIGINT ends the ranks at once.
 
 from __future__ import annotations
 
+import getpass
 import os
+import re
 import shutil
 import signal
-import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -314,16 +316,24 @@ def _environment(plan: Plan) -> dict[str, str]:
         environment.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what deterministic algorithms need
         # Asking the driver itself would keep the forked ranks from using the GPU.
         environment["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
-        chosen = environment.get("TORCHINDUCTOR_CACHE_DIR") not in (None, _torchs_place_for_compiled())
-        if not chosen and (compiled := _place_for_compiled()) is not None:
+        of_its_own = environment.get("TORCHINDUCTOR_CACHE_DIR") in (None, _torchs_place_for_compiled())
+        if of_its_own and (compiled := _place_for_compiled()) is not None:
             environment["TORCHINDUCTOR_CACHE_DIR"] = str(compiled)
     return environment
 
 
-def _torchs_place_for_compiled() -> str | None:
-    """What torch itself has named in the environment if its compiler is imported here, as preparing data may do."""
-    module = sys.modules.get("torch._inductor.runtime.cache_dir_utils")
-    return None if module is None else os.path.abspath(module.default_cache_dir())
+def _torchs_place_for_compiled() -> str:
+    """What torch names in the environment as its compiler is imported, as preparing data may do, or a parent process.
+
+    So it is no user's choice; of one who names this very folder it is not told apart. (As in
+    torch/_inductor/runtime/cache_dir_utils.py, which can't be asked without torch.)
+    """
+    try:
+        user = getpass.getuser()
+    except (KeyError, ImportError, OSError):
+        user = f"uid_{os.getuid()}"
+    sanitized = re.sub(r'[\\/:*?"<>|]', "_", user)
+    return os.path.abspath(os.path.join(tempfile.gettempdir(), f"torchinductor_{sanitized}"))
 
 
 def _place_for_compiled() -> Path | None:

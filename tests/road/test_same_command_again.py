@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -34,12 +35,13 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def command() -> Iterator[Command]:
-    """Runs ``foretune VERB`` on data, into a run folder: `test_road` has commands whose processes are fresh."""
+    """Runs ``foretune VERB`` on data, into a run folder, as a fork."""
     with WarmCommands() as warm:
         yield partial(_run, warm)
 
 
-def _run(warm: WarmCommands, verb: str, data: Path, out: Path, *more: str) -> subprocess.CompletedProcess[str]:
+def _run(warm: WarmCommands | None, verb: str, data: Path, out: Path, *more: str) -> subprocess.CompletedProcess[str]:
+    """In a fresh process if there is no warm one."""
     words = [verb, "--model", str(MODEL), "--data", str(data), "--out", str(out), "--nproc", "2", "--json"]
     settings = [
         f"train.max_steps={STEPS}",
@@ -50,14 +52,17 @@ def _run(warm: WarmCommands, verb: str, data: Path, out: Path, *more: str) -> su
     ]
     words += [word for setting in settings for word in ("--set", setting)]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    return warm.run([*words, *more], environment=environment)
+    if warm is not None:
+        return warm.run([*words, *more], environment=environment, timeout=300)
+    command = [sys.executable, "-m", "foretune", *words, *more]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
 
 
 @pytest.fixture(scope="module")
-def finished(command: Command, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that went the whole road."""
+def finished(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that went the whole road, by a fresh process: what libraries print as they are imported spoils no JSON."""
     out = tmp_path_factory.mktemp("runs") / "first"
-    done = command("run", data, out)
+    done = _run(None, "run", data, out)
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout)
     assert told["out"] == str(out)

@@ -237,7 +237,7 @@ def taken_port() -> Iterator[int]:
 def run_command(words: list[str], folder: Path, warm: WarmCommands | None) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "HOME": str(folder)}
     if warm is not None:
-        return warm.run(words, folder=folder, environment=environment)
+        return warm.run(words, folder=folder, environment=environment, timeout=120)
     command = [sys.executable, "-m", "foretune", *words]
     return subprocess.run(
         command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120, check=False

@@ -25,17 +25,25 @@ def test_what_torch_compiles_on_a_gpu_is_kept_at_home(
     assert _environment(plan)["TORCHINDUCTOR_CACHE_DIR"] == expected
 
 
-def test_a_place_that_torch_named_in_this_process_is_not_the_users(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("user", ["root", "some\\one:else", None])
+def test_a_place_that_torch_named_is_not_the_users(
+    user: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Preparing data imports torch's compiler on some machines: their first start would keep nothing for the second."""
     from torch._inductor.runtime.cache_dir_utils import cache_dir
 
+    def getuser() -> str:
+        if user is None:
+            raise OSError("no such user")
+        return user
+
+    monkeypatch.setattr("getpass.getuser", getuser)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")  # so that what torch sets is taken back
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
     cache_dir()
-    assert "TORCHINDUCTOR_CACHE_DIR" in os.environ
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"].startswith(str(tmp_path))
     plan: Any = SimpleNamespace(world_size=1, cluster=SimpleNamespace(accelerator=SimpleNamespace(kind="cuda")))
     assert _environment(plan)["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / ".cache" / "foretune" / "compiled")
 

@@ -42,8 +42,8 @@ def test_planned_kernels_are_imported_beside_what_is_done(
 
 
 def test_at_stage_3_they_are_there_before_anything_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A module that is made while ZeRO-3 loads one would be another. In the first step it would be too late: jax, which
-    they import where it is installed, draws from numpy's generator, whose state a checkpoint has given back by then."""
+    """While ZeRO-3 loads a model, modules' classes are changed. In the first step it would be too late: jax, which the
+    libraries import where it is installed, draws from numpy's generator, and a checkpoint has set that by then."""
     imported: list[str] = []
     monkeypatch.setattr(kernels.quack_kernels, "refusal", lambda device: imported.append("quack"))
     monkeypatch.setattr(kernels.flash_attention_4, "is_there", lambda device: imported.append("flash"))
