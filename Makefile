@@ -22,7 +22,8 @@ lint: $(READY)
 	$(BIN)/lint-imports
 
 unit: $(READY)
-	$(BIN)/pytest tests/unit -m "not slow and not gpu" --numprocesses auto --maxprocesses 4 --dist loadfile
+	$(BIN)/pytest tests/unit -m "not slow and not gpu" --numprocesses auto --maxprocesses 4 \
+	  --dist loadfile --no-loadscope-reorder
 
 distributed: $(READY)
 	$(BIN)/pytest tests/distributed -m "not slow and not gpu"

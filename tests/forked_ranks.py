@@ -15,9 +15,10 @@ import runpy
 import signal
 import socket
 import sys
-import traceback
 from importlib import import_module
 from pathlib import Path
+
+from forks import end_after
 
 from foretune.distributed import die_with_parent
 from foretune.engine import import_late_modules
@@ -59,27 +60,15 @@ def _launch(world_size: int) -> bool:
 
 def _fork(rank: int, world_size: int, port: int) -> int:
     """The process id of a rank. The child runs the script and never returns."""
-    if pid := os.fork():
-        return pid
-    die_with_parent()
-    os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_WORLD_SIZE=str(world_size),
-        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo",
-    )  # fmt: skip
-    code = 1
-    try:
-        runpy.run_path(sys.argv[0], run_name="__main__")
-        code = 0
-    except SystemExit as end:
-        code = end.code if isinstance(end.code, int) else int(end.code is not None)
-        if not isinstance(end.code, int | None):
-            print(end.code, file=sys.stderr)
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+    pid = os.fork()
+    if pid == 0:
+        die_with_parent()
+        os.environ.update(
+            RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_WORLD_SIZE=str(world_size),
+            MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo",
+        )  # fmt: skip
+        end_after(lambda: runpy.run_path(sys.argv[0], run_name="__main__"))
+    return pid
 
 
 if __name__ == "__main__":

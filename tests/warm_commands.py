@@ -19,12 +19,14 @@ import signal
 import subprocess
 import sys
 import time
-import traceback
 from collections.abc import Mapping, Sequence
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
+
+from forks import end_after
 
 from foretune.distributed import die_with_parent
 
@@ -94,7 +96,7 @@ def _serve() -> None:
         order = json.loads(line)
         pid = os.fork()
         if pid == 0:
-            _run(order)
+            end_after(partial(_run, order))
         end = time.monotonic() + order["timeout"]
         while (ended := os.waitpid(pid, os.WNOHANG))[0] == 0:
             time.sleep(0.01)
@@ -104,29 +106,22 @@ def _serve() -> None:
         print(os.waitstatus_to_exitcode(ended[1]), file=answers, flush=True)
 
 
-def _run(order: dict[str, Any]) -> None:
-    """In the child: become that command, and never return."""
+def _run(order: dict[str, Any]) -> int:
+    """In the child: become that command. Its exit code."""
     from foretune.__main__ import main
 
-    code = 1
-    try:
-        die_with_parent()
-        for number, name in enumerate((os.devnull, order["stdout"], order["stderr"])):
-            descriptor = os.open(name, os.O_RDONLY if number == 0 else os.O_WRONLY | os.O_CREAT, 0o600)
-            os.dup2(descriptor, number)
-            os.close(descriptor)
-        os.chdir(order["folder"])
-        os.environ.clear()
-        os.environ.update(order["environment"])
-        sys.argv = ["foretune", *order["words"]]
-        code = main()
-        atexit._run_exitfuncs()
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+    die_with_parent()
+    for number, name in enumerate((os.devnull, order["stdout"], order["stderr"])):
+        descriptor = os.open(name, os.O_RDONLY if number == 0 else os.O_WRONLY | os.O_CREAT, 0o600)
+        os.dup2(descriptor, number)
+        os.close(descriptor)
+    os.chdir(order["folder"])
+    os.environ.clear()
+    os.environ.update(order["environment"])
+    sys.argv = ["foretune", *order["words"]]
+    code = main()
+    atexit._run_exitfuncs()
+    return code
 
 
 if __name__ == "__main__":
