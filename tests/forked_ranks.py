@@ -1,27 +1,25 @@
-"""Starts the ranks of a script as torchrun would, from one process that has imported everything.
+"""Starts the ranks of a script as torchrun would, in forks of one process that has imported everything (`forks`).
 
-    python tests/forked_ranks.py WORLD_SIZE[,WORLD_SIZE...] SCRIPT [ARGUMENT...]
-
-To import torch, transformers and DeepSpeed takes 5 to 10 s of a core, to fork none; training does the same
-(`foretune.training.spare`). Several world sizes are launched one after the other. Exits with 1 as soon as a rank has
-failed; the others of its launch are killed then.
+Training does the same (`foretune.training.spare`).
 """
 
 from __future__ import annotations
 
-import gc
 import os
 import runpy
 import signal
 import socket
+import subprocess
 import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
+from typing import Any, Protocol
 
-from forks import end_after
+from forks import WarmProcess, end_after, serve
 
 from foretune.distributed import die_with_parent
-from foretune.engine import import_late_modules
 
 IMPORTED = (
     "peft", "torch._dynamo", "transformers.integrations.deepspeed", "transformers.models.gpt2.modeling_gpt2",
@@ -29,17 +27,42 @@ IMPORTED = (
 )  # fmt: skip
 
 
-def main() -> int:
-    """Import, then one launch for every world size."""
-    world_sizes = [int(size) for size in sys.argv[1].split(",")]
-    sys.argv = sys.argv[2:]
-    sys.path.insert(0, str(Path(sys.argv[0]).parent))
+class StartRanks(Protocol):
+    def __call__(
+        self, world_sizes: Sequence[int], script: Path, *arguments: object, timeout: float = 500
+    ) -> subprocess.CompletedProcess[str]: ...
+
+
+@contextmanager
+def forked_ranks() -> Iterator[StartRanks]:
+    """A function that starts the ranks of a script, one world size after the other, and waits for them.
+
+    The exit code is 1 as soon as a rank has failed; the others of its launch are killed then.
+    """
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
+    with WarmProcess(__file__, environment) as process:
+
+        def start(
+            world_sizes: Sequence[int], script: Path, *arguments: object, timeout: float = 500
+        ) -> subprocess.CompletedProcess[str]:
+            work = {"world_sizes": list(world_sizes), "script": str(script), "arguments": list(map(str, arguments))}
+            return process.run(work, environment=environment, timeout=timeout)
+
+        yield start
+
+
+def _load() -> None:
+    from foretune.engine import import_late_modules
+
     for name in IMPORTED:
         import_module(name)
     import_late_modules()
-    gc.collect()
-    gc.freeze()  # the collector would otherwise write to, and so copy, every inherited page
-    return int(not all(_launch(size) for size in world_sizes))
+
+
+def _launches(work: dict[str, Any]) -> int:
+    sys.argv = [work["script"], *work["arguments"]]
+    sys.path.insert(0, str(Path(work["script"]).parent))
+    return int(not all(_launch(size) for size in work["world_sizes"]))
 
 
 def _launch(world_size: int) -> bool:
@@ -72,4 +95,4 @@ def _fork(rank: int, world_size: int, port: int) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    serve(_launches, _load)

@@ -7,14 +7,12 @@ lets them be.
 """
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from forked_ranks import forked_ranks
 from parity_worker import ACCUMULATIONS, BATCH_ROWS, DECAY, LEARNING_RATE, PACKED, SEED, STAGES, STEPS, SUMS
 from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -120,10 +118,8 @@ def plain_training(folder: Path, *, weight_decay: float) -> dict:
 @pytest.fixture(scope="module")
 def trained(folder: Path) -> dict:
     """Every layout, by real engines: one launch per world size."""
-    here, sizes = Path(__file__).parent, ",".join(map(str, WORLD_SIZES))
-    command = [sys.executable, str(here.parent / "forked_ranks.py"), sizes, str(here / "parity_worker.py"), str(folder)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=550)
+    with forked_ranks() as start:
+        done = start(WORLD_SIZES, Path(__file__).parent / "parity_worker.py", folder, timeout=550)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
     results = {}
     for world_size in WORLD_SIZES:

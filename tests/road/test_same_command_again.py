@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from warm_commands import WarmCommands
+from warm_commands import RunCommand, warm_commands
 
 from foretune.artifacts import Checkpoint, EvaluationReport, ExportedModel, Plan, RunFolder
 from foretune.checkpoint import layout
@@ -36,11 +36,11 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def command() -> Iterator[Command]:
     """Runs ``foretune VERB`` on data, into a run folder, as a fork."""
-    with WarmCommands() as warm:
+    with warm_commands() as warm:
         yield partial(_run, warm)
 
 
-def _run(warm: WarmCommands | None, verb: str, data: Path, out: Path, *more: str) -> subprocess.CompletedProcess[str]:
+def _run(warm: RunCommand | None, verb: str, data: Path, out: Path, *more: str) -> subprocess.CompletedProcess[str]:
     """In a fresh process if there is no warm one."""
     words = [verb, "--model", str(MODEL), "--data", str(data), "--out", str(out), "--nproc", "2", "--json"]
     settings = [
@@ -53,7 +53,7 @@ def _run(warm: WarmCommands | None, verb: str, data: Path, out: Path, *more: str
     words += [word for setting in settings for word in ("--set", setting)]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     if warm is not None:
-        return warm.run([*words, *more], environment=environment, timeout=300)
+        return warm([*words, *more], environment=environment, timeout=300)
     command = [sys.executable, "-m", "foretune", *words, *more]
     return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
 

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from warm_commands import WarmCommands
+from warm_commands import RunCommand, warm_commands
 
 MODEL = Path(__file__).parents[1] / "models" / "stories260K"
 WITHOUT_JSON = ("serve", "chat")
@@ -213,9 +213,9 @@ FRESH = ("unknown verb", "not YAML", "broken line", "torn weights", "unknown acc
 
 
 @pytest.fixture(scope="module")
-def warm() -> Iterator[WarmCommands]:
-    with WarmCommands() as commands:
-        yield commands
+def warm() -> Iterator[RunCommand]:
+    with warm_commands() as run:
+        yield run
 
 
 @pytest.fixture(scope="module")
@@ -234,10 +234,10 @@ def taken_port() -> Iterator[int]:
         yield int(server.getsockname()[1])
 
 
-def run_command(words: list[str], folder: Path, warm: WarmCommands | None) -> subprocess.CompletedProcess[str]:
+def run_command(words: list[str], folder: Path, warm: RunCommand | None) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "HOME": str(folder)}
     if warm is not None:
-        return warm.run(words, folder=folder, environment=environment, timeout=120)
+        return warm(words, folder=folder, environment=environment, timeout=120)
     command = [sys.executable, "-m", "foretune", *words]
     return subprocess.run(
         command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120, check=False
@@ -255,7 +255,7 @@ def said(done: subprocess.CompletedProcess[str], words: list[str]) -> list[tuple
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_mistake(case: Mistake, tmp_path: Path, data: Path, warm: WarmCommands) -> None:
+def test_mistake(case: Mistake, tmp_path: Path, data: Path, warm: RunCommand) -> None:
     if case.files is not None:
         case.files(tmp_path)
     with ExitStack() as stack:
@@ -276,7 +276,7 @@ def test_mistake(case: Mistake, tmp_path: Path, data: Path, warm: WarmCommands) 
     assert mend.strip()
 
 
-def test_a_full_disk(tmp_path: Path, data: Path, warm: WarmCommands) -> None:
+def test_a_full_disk(tmp_path: Path, data: Path, warm: RunCommand) -> None:
     """A file system of one megabyte stands for a disk that is almost full."""
     disk = tmp_path / "disk"
     disk.mkdir()

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
-import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol
 
 import pytest
 from filelock import FileLock
+from forked_ranks import forked_ranks
 
 from foretune.artifacts import (
     Accelerator,
@@ -29,51 +29,50 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 STORIES = Path(__file__).parents[1] / "models" / "stories260K"
-FORKED_RANKS = Path(__file__).parents[1] / "forked_ranks.py"
 WRITER = Path(__file__).parent / "checkpoint" / "write_engine_checkpoints.py"
 
 
 class StartRanks(Protocol):
-    def __call__(self, world_size: int, script: Path, *arguments: object) -> None: ...
+    def __call__(self, world_size: int, script: Path, *arguments: object) -> str: ...
 
 
 class WriteCheckpoints(Protocol):
     def __call__(self, out: Path, *, cases: str, world_size: int) -> Path: ...
 
 
-def _start(world_size: int, script: Path, *arguments: object) -> None:
-    command = [sys.executable, str(FORKED_RANKS), str(world_size), str(script), *map(str, arguments)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
-    assert done.returncode == 0, done.stderr[-4000:]
+@pytest.fixture(scope="session")
+def start_ranks() -> Iterator[StartRanks]:
+    """A function: world size, script, its arguments → what its ranks printed; they must not fail."""
+    with forked_ranks() as start_all:
 
+        def start(world_size: int, script: Path, *arguments: object) -> str:
+            done = start_all([world_size], script, *arguments)
+            assert done.returncode == 0, done.stderr[-4000:]
+            return done.stdout
 
-def _write(out: Path, *, cases: str, world_size: int) -> Path:
-    _start(world_size, WRITER, "--out", out, "--cases", cases)
-    return out
+        yield start
 
 
 @pytest.fixture(scope="session")
-def start_ranks() -> StartRanks:
-    """A function that starts the ranks of a script and waits for them."""
-    return _start
-
-
-@pytest.fixture(scope="session")
-def write_checkpoints() -> WriteCheckpoints:
+def write_checkpoints(start_ranks: StartRanks) -> WriteCheckpoints:
     """A function that starts `world_size` ranks, which write the named cases (``A,B`` or ``all``) below `out`."""
-    return _write
+
+    def write(out: Path, *, cases: str, world_size: int) -> Path:
+        start_ranks(world_size, WRITER, "--out", out, "--cases", cases)
+        return out
+
+    return write
 
 
 @pytest.fixture(scope="session")
-def engine_checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def engine_checkpoints(tmp_path_factory: pytest.TempPathFactory, write_checkpoints: WriteCheckpoints) -> Path:
     """Folder with one subfolder per case of the script, written by two ranks, once for all workers (30 s)."""
     base = tmp_path_factory.getbasetemp()
     shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
     folder = shared / "engine"
     with FileLock(shared / "engine.lock"):
         if not (written := shared / "engine.written").exists():
-            _write(folder, cases="all", world_size=2)
+            write_checkpoints(folder, cases="all", world_size=2)
             written.touch()
     return folder
 
