@@ -14,12 +14,11 @@ os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-#: The files that take longest: of those that start ranks 350 to 80 s on two cores, of the others 90 to 20 s. Where
-#: files run side by side, the shorter ones fill what is left at the end.
+#: The files that take longest: of those that start whole trainings 350 to 80 s on two cores, of the others 90 to 20 s.
+#: Where files run side by side, the shorter ones fill what is left at the end.
 LONGEST_FIRST = (
     "test_proof.py", "test_road.py", "test_parity.py", "test_demo.py",
-    "test_layers.py", "test_dry_run.py", "test_relayout.py", "test_eight_bits.py", "test_export.py",
-    "test_streaming.py", "test_consolidate.py", "test_shortcuts.py", "test_spare.py", "test_cli.py",
+    "test_layers.py", "test_dry_run.py", "test_relayout.py", "test_export.py", "test_spare.py", "test_cli.py",
     "test_weight_sums.py", "test_prepare.py",
 )  # fmt: skip
 
