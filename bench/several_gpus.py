@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import statistics
 import subprocess
 import sys
@@ -21,8 +20,11 @@ from pathlib import Path
 from typing import Any
 
 from measuring import machine, save_result
-from startup import TOKENIZER, wait_for_ranks
-from throughput import SHAPES, make_model
+from startup import model_with_tokenizer, wait_for_ranks
+from throughput import SHAPES
+
+from foretune.artifacts import RunFolder
+from foretune.events import EventKind, read_events
 
 WARM_UP = 3
 #: Steps that a plan is made for: compiling pays.
@@ -34,10 +36,8 @@ CHOICES = ("zero_stage", "micro_batch_size_per_gpu", "gradient_accumulation_step
 
 def summary(plan: dict[str, Any], events: list[dict[str, Any]]) -> dict[str, Any]:
     """What a run planned and what it did, of its plan.json and its journal."""
-    steps = [event for event in events if event["kind"] == "step"]
+    steps = [event for event in events if event["kind"] == EventKind.STEP]
     settled = steps[WARM_UP:]
-    if not settled:
-        raise RuntimeError(f"only {len(steps)} steps were done")
     seconds = statistics.median(step["seconds"] for step in settled)
     predicted = plan["predicted"]
     return {
@@ -55,42 +55,34 @@ def summary(plan: dict[str, Any], events: list[dict[str, Any]]) -> dict[str, Any
 
 def trained(folder: Path, asked: argparse.Namespace) -> dict[str, Any]:
     """Train until enough steps are done; RuntimeError with its last words if it ends before."""
-    rows, out = folder / "rows.jsonl", folder / "run"
-    make_model(asked.shape, folder / "model", seed=0)
-    for file in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(TOKENIZER / file, folder / "model")
+    rows, run = folder / "rows.jsonl", RunFolder(folder / "run")
+    model = model_with_tokenizer(asked.shape, folder / "model")
     texts = (f"Once upon a time {number} " * (asked.length // 10) for number in range(1000))
     rows.write_text("\n".join(json.dumps({"text": text}) for text in texts))
     sets = [f"train.max_length={asked.length}", f"train.global_batch_size={asked.rows * asked.gpus}",
             f"train.max_steps={PLANNED_STEPS}", "train.learning_rate=1e-5", "evaluate.validation=0",
             *asked.set]  # fmt: skip
-    command = [sys.executable, "-m", "foretune", "train", "--model", str(folder / "model"), "--data", str(rows),
-               "--out", str(out), "--nproc", str(asked.gpus), "--quiet",
+    command = [sys.executable, "-m", "foretune", "train", "--model", str(model), "--data", str(rows),
+               "--out", str(run.path), "--nproc", str(asked.gpus), "--quiet",
                *(part for one in sets for part in ("--set", one))]  # fmt: skip
+
+    def steps_done() -> int:
+        return sum(event["kind"] == EventKind.STEP for event in read_events(run.events))
+
     end = time.monotonic() + asked.minutes * 60
     with tempfile.TemporaryFile("w+") as said:
         process = subprocess.Popen(command, stdout=said, stderr=subprocess.STDOUT)
         try:
-            while process.poll() is None and time.monotonic() < end and len(_steps(out)) < asked.steps:
+            while process.poll() is None and time.monotonic() < end and steps_done() < asked.steps:
                 time.sleep(0.3)
         finally:
             process.kill()  # its ranks die with it
             process.wait()
-        wait_for_ranks(out)
-        if len(_steps(out)) < asked.steps:
+        wait_for_ranks(run.path)
+        if steps_done() < asked.steps:
             said.seek(0)
             raise RuntimeError(f"{' '.join(command)}: {said.read()[-3000:]}")
-    return summary(json.loads((out / "plan.json").read_text()), _events(out))
-
-
-def _events(out: Path) -> list[dict[str, Any]]:
-    journal = out / "events.jsonl"
-    lines = journal.read_text().splitlines(keepends=True) if journal.is_file() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
-
-
-def _steps(out: Path) -> list[dict[str, Any]]:
-    return [event for event in _events(out) if event["kind"] == "step"]
+    return summary(json.loads(run.plan.read_text()), list(read_events(run.events)))
 
 
 def main() -> None:

@@ -26,6 +26,7 @@ from typing import Any
 from measuring import machine, save_result
 
 from foretune.distributed import leave
+from foretune.events import read_events
 
 LENGTH, ROWS = 128, 8
 TOKENIZER = Path(__file__).parents[1] / "tests" / "models" / "stories260K"
@@ -101,10 +102,8 @@ def time_ours(out: Path, arguments: list[str], *, to_the_end: bool = True) -> di
 
 def came_since(start: float, out: Path) -> dict[str, Any]:
     """Kinds of events in the journal, and how many seconds after `start` the first of each came."""
-    journal = out / "events.jsonl"
     came: dict[str, Any] = {}
-    for line in journal.read_text().splitlines(keepends=True) if journal.is_file() else []:
-        event = json.loads(line) if line.endswith("\n") else {"time": 0}
+    for event in read_events(out / "events.jsonl"):
         if event["time"] >= start:
             came.setdefault(event["kind"], round(event["time"] - start, 3))
             if event["kind"] == "training_started":
@@ -148,25 +147,31 @@ def import_times(top: int = 12) -> list[str]:
     return [f"{seconds:6.2f} s {name}" for seconds, name in found[:top]]
 
 
+def model_with_tokenizer(shape: str, folder: Path) -> Path:
+    """A folder with random weights of a shape of `throughput.py`, and a small tokenizer."""
+    from throughput import make_model
+
+    make_model(shape, folder, seed=0)
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(TOKENIZER / file, folder)
+    return folder
+
+
 def shaped(shape: str, repeats: int, out: Path | None) -> None:
     """Ours alone with a model of this shape on one GPU: time to the first step, of which the first start prepares and
     compiles."""
-    from throughput import make_model
-
     length, rows = (64, 4) if shape == "tiny" else (4096, 4)
     starts: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        make_model(shape, folder / "model", seed=0)
-        for file in ("tokenizer.json", "tokenizer_config.json"):
-            shutil.copy(TOKENIZER / file, folder / "model")
+        model = model_with_tokenizer(shape, folder / "model")
         data = folder / "rows.jsonl"
         data.write_text("\n".join(json.dumps({"text": "Once upon a time. " * (length // 16)}) for _ in range(4 * rows)))
         sets = [f"train.max_length={length}", f"train.global_batch_size={rows}",
                 f"plan.micro_batch_size_per_gpu={rows}"]  # fmt: skip
         if shape != "tiny":
             sets.append("plan.compile=true")  # one step would not be worth it
-        arguments = ours(folder / "model", data, folder / "run", 1, sets)
+        arguments = ours(model, data, folder / "run", 1, sets)
         os.environ["HOME"] = name  # where what is compiled is kept
         for _ in range(1 + repeats):
             starts.append(time_ours(folder / "run", arguments, to_the_end=False))

@@ -2,7 +2,7 @@
 
 To import torch, transformers and DeepSpeed takes 5 to 10 s of a core, to fork none.
 
-    WarmProcess.run(work) ──one line of JSON──▶ a file as a process: `serve(work)` ──fork──▶ does it
+    WarmProcess.run(work) ──one line of JSON──▶ a file as a process: `serve(do, load)` ──fork──▶ do(work)
                           ◀──the exit code─────
 
 Each fork is a process of its own, with its own folder, environment and output. Some things only a fresh process shows:

@@ -1,45 +1,29 @@
-"""Dry runs of several folders, each in a fork of one process that has imported everything: it patches torch for good.
-
-python forked_dry_runs.py FOLDER...
-"""
+"""Dry runs, each in a fork of one process that has imported everything (`forks`): a dry run patches torch for good."""
 
 from __future__ import annotations
 
-import os
-import sys
-import traceback
+from importlib import import_module
 from pathlib import Path
 
-# Everything that a dry run imports, and nothing that it patches.
-import deepspeed.runtime.zero.stage3
-import torch._subclasses.fake_tensor
-import torch.testing._internal.distributed.fake_pg
-import transformers.models.gpt_neox.modeling_gpt_neox
+from forks import serve
 
-import foretune.training.build
-from foretune.dryrun import worker
-
-IMPORTED = (deepspeed, torch, transformers, foretune.training.build)
+#: Everything that a dry run imports, and nothing that it patches.
+IMPORTED = (
+    "deepspeed.runtime.zero.stage3", "torch._subclasses.fake_tensor", "torch.testing._internal.distributed.fake_pg",
+    "transformers.models.gpt_neox.modeling_gpt_neox", "foretune.training.build", "foretune.dryrun.worker",
+)  # fmt: skip
 
 
-def main() -> int:
-    """The number of dry runs that failed."""
-    failed = 0
-    for folder in sys.argv[1:]:
-        if pid := os.fork():
-            failed += os.waitpid(pid, 0)[1] != 0
-            continue
-        code = 1
-        try:
-            worker.main(Path(folder))
-            code = 0
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            sys.stderr.flush()
-            os._exit(code)
-    return failed
+def _load() -> None:
+    for name in IMPORTED:
+        import_module(name)
+
+
+def _dry_run(folder: str) -> None:
+    from foretune.dryrun import worker
+
+    worker.main(Path(folder))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    serve(_dry_run, _load)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
+from forks import WarmProcess
 
 from foretune import dryrun
 from foretune.artifacts import Plan
@@ -35,9 +35,12 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, DryRun]:
     plans = {name: planned(*case) for name, case in CASES.items()}
     for name, folder in folders.items():
         dryrun.lay_out(folder, *plans[name])
-    command = [sys.executable, str(Path(__file__).parent / "forked_dry_runs.py"), *map(str, folders.values())]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=500)
-    assert done.returncode == 0, done.stderr[-4000:]
+    here = Path(__file__).parent
+    environment = {**os.environ, "PYTHONPATH": str(here.parents[1])}  # where `forks` lies
+    with WarmProcess(str(here / "forked_dry_runs.py"), environment) as process:
+        for folder in folders.values():
+            done = process.run(str(folder), environment=environment, timeout=500)
+            assert done.returncode == 0, done.stderr[-4000:]
     return {name: dryrun.read(folder, *plans[name], seconds=0.0) for name, folder in folders.items()}
 
 
